@@ -1,0 +1,44 @@
+"""Shared by all tests: where the golden data of the released model is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+BESIDE_REPOSITORY = Path(__file__).resolve().parents[2] / "shared" / "golden"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--golden",
+        metavar="DIR",
+        default=None,
+        help="folder with golden data of the released model (default: ../shared/golden)",
+    )
+
+
+@pytest.fixture(scope="session")
+def golden(request: pytest.FixtureRequest) -> Path:
+    """The folder of golden data; the test is skipped where there is none."""
+    given = request.config.getoption("--golden")
+    folder = Path(given) if given else BESIDE_REPOSITORY
+    if not (folder / "MEANING.md").is_file() and not (folder / "manifest.json").is_file():
+        if given:
+            raise pytest.UsageError(f"--golden {given}: not a folder of golden data")
+        pytest.skip("no golden data: give its folder with --golden DIR")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def golden_file(golden: Path) -> Callable[[str], Path]:
+    """A function from a name inside the golden folder to its path; skips by name what this set lacks."""
+
+    def find(name: str) -> Path:
+        path = golden / name
+        if not path.exists():
+            pytest.skip(f"this golden set has no {name}")
+        return path
+
+    return find
