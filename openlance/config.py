@@ -47,7 +47,8 @@ class BackboneConfig:
     def __post_init__(self) -> None:
         if self.hidden % self.heads or self.heads % self.kv_heads:
             raise InputError(
-                f"hidden {self.hidden}, heads {self.heads}, kv_heads {self.kv_heads}: each must divide the one before"
+                f"hidden {self.hidden}, heads {self.heads}, kv_heads {self.kv_heads}: "
+                "each must divide the one before"
             )
         if 2 * sum(self.rope_sections) != self.head_dim:
             raise InputError(
@@ -122,8 +123,9 @@ class SamplingConfig:
     guidance_interval: guidance acts while low < t <= high, on shifted times.
     renorm: "global", "channel" or "none"; renorm_min: its smallest factor.
     visual_guidance: second scale, for the visual condition of edits and subjects; None is off.
-    released_cache_positions: give the unconditional prefix the conditional one's positions, as the
-        released cached sampler does (not what training saw; for comparison only).
+    released_cached_sampler: do as the released cached sampler does, for comparison only: the
+        unconditional context keeps the conditional one's positions (which training never saw), and
+        global renormalisation counts the fixed frames of image-to-video.
     """
 
     steps: int = 30
@@ -133,7 +135,7 @@ class SamplingConfig:
     renorm: str = "global"
     renorm_min: float = 0.0
     visual_guidance: float | None = None
-    released_cache_positions: bool = False
+    released_cached_sampler: bool = False
 
     def __post_init__(self) -> None:
         if self.steps < 1:
@@ -144,9 +146,7 @@ class SamplingConfig:
             raise InputError(f"guidance must be a finite number, not {self.guidance}")
         low, high = self.guidance_interval
         if not 0 <= low <= high <= 1:
-            raise InputError(
-                f"guidance_interval must be 0 <= low <= high <= 1, not {self.guidance_interval}"
-            )
+            raise InputError(f"guidance_interval must be 0 <= low <= high <= 1, not {self.guidance_interval}")
         if self.renorm not in ("global", "channel", "none"):
             raise InputError(f"renorm must be global, channel or none, not {self.renorm!r}")
         if not 0 <= self.renorm_min <= 1:

@@ -1,0 +1,116 @@
+"""The network: one forward for understanding, generation and editing, training and inference."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from openlance.config import ModelConfig
+from openlance.model.attention import Pattern, Rows
+from openlance.model.cache import KVCache, Workspace
+from openlance.model.embed import TimeEmbed, place_features
+from openlance.model.experts import EXPERTS, DualLayer
+from openlance.model.rope import rotary_table
+from openlance.model.vision import Vision
+from openlance.sequence.pack import PackedBatch
+
+PARTS = frozenset({"und", "gen", "vision"})
+
+
+@dataclass(frozen=True, eq=False)
+class Output:
+    """hidden: und tokens after the final norm [und, hidden]; velocity: of every gen token [g, channels]."""
+
+    hidden: Tensor
+    velocity: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """What of a denoising step does not depend on the step: see `Lance.prepare`."""
+
+    und: Tensor  # [und, hidden] embedded und tokens
+    places: Tensor  # [g, hidden] features of the latent places
+    table: tuple[Tensor, Tensor]
+
+
+class Lance(nn.Module):
+    """The dual-expert backbone with its embeddings and, where wanted, the vision tower.
+
+    parts: which of "und", "gen" and "vision" to build; "und" is always needed. The latent position table
+    is computed, never stored.
+    """
+
+    def __init__(self, config: ModelConfig, parts: Iterable[str] = PARTS):
+        super().__init__()
+        self.config = config
+        self.parts = frozenset(parts)
+        shape = config.backbone
+        experts = tuple(name for name in EXPERTS if name in self.parts)
+        self.embed = nn.Embedding(shape.vocab, shape.hidden)
+        self.layers = nn.ModuleList(DualLayer(shape, experts) for _ in range(shape.layers))
+        self.norm = nn.ModuleDict({name: nn.RMSNorm(shape.hidden, shape.norm_eps) for name in experts})
+        self.head = nn.Linear(shape.hidden, shape.vocab, bias=False)
+        if "gen" in self.parts:
+            self.latent_in = nn.Linear(config.vae.channels, shape.hidden)
+            self.latent_out = nn.Linear(shape.hidden, config.vae.channels)
+            self.time_embed = TimeEmbed(shape.hidden)
+        if "vision" in self.parts:
+            self.vision = Vision(config.vision)
+
+    @property
+    def device(self) -> torch.device:
+        return self.embed.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.embed.weight.dtype
+
+    def see(self, batch: PackedBatch) -> Tensor | None:
+        """Features [v, hidden] of the batch's ViT inputs; None where there are none."""
+        return batch.features if batch.patches is None else self.vision(batch.patches, batch.vit_grid)
+
+    def prepare(self, batch: PackedBatch) -> Prepared:
+        """Embed what does not depend on latents or time: text, vision, latent places, rotary table."""
+        text = self.embed(batch.text_ids)
+        und = text.new_empty(batch.und, text.shape[1]).index_copy(0, batch.text_index, text)
+        features = self.see(batch)
+        if features is not None:
+            und = und.index_copy(0, batch.vit_index, features.to(und.dtype))
+        places = place_features(batch.latent_grid, self.config.backbone.hidden).to(self.dtype)
+        return Prepared(und, places, rotary_table(batch.positions, self.config.backbone, self.dtype))
+
+    def forward(
+        self,
+        batch: PackedBatch,
+        cache: KVCache | Workspace | None = None,
+        *,
+        pattern: Pattern | None = None,
+        prepared: Prepared | None = None,
+        latents: Tensor | None = None,
+        times: Tensor | None = None,
+    ) -> Output:
+        """Run the tokens of a batch, after the context in `cache` if there is one.
+
+        pattern: who sees whom; default the batch's dense rows. A denoising loop gives `prepared` once
+        computed, and each step's latents [g, C] and times [g] instead of the batch's.
+        """
+        if pattern is None:
+            assert batch.rows is not None and batch.mask is not None, "pack(dense=True) or give a pattern"
+            pattern = Rows(batch.rows, batch.mask)
+        if prepared is None:
+            prepared = self.prepare(batch)
+        halves = {"und": prepared.und}
+        latents = batch.latents if latents is None else latents
+        if len(latents):
+            times = batch.times if times is None else times
+            halves["gen"] = self.latent_in(latents) + self.time_embed(times) + prepared.places
+        for number, layer in enumerate(self.layers):
+            halves = layer(halves, prepared.table, pattern, cache, number)
+        hidden = self.norm["und"](halves["und"])
+        if "gen" not in halves:
+            return Output(hidden, latents)
+        return Output(hidden, self.latent_out(self.norm["gen"](halves["gen"])))
