@@ -81,7 +81,7 @@ class Tokenizer:
         offsets = encoding.offsets
         if not unicodedata.is_normalized("NFC", text):
             # The library gives a composed character only the first of the characters it was composed from.
-            starts = sorted({start for start, _ in offsets}) + [len(text)]
+            starts = [*sorted({start for start, _ in offsets}), len(text)]
             offsets = [(start, starts[bisect_left(starts, end)]) for start, end in offsets]
         return encoding.ids, offsets
 
