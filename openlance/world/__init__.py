@@ -1,0 +1,56 @@
+"""A world of coloured shapes: scenes, their pictures, sentences, questions and edits, and a judge."""
+
+from openlance.world.language import Claims, TextClaim, ThingClaim, caption, describe
+from openlance.world.render import render, render_clip
+from openlance.world.scene import (
+    COLORS,
+    GROUNDS,
+    HELD_OUT,
+    MOTIONS,
+    PLACES,
+    SHAPES,
+    SIZES,
+    TEXTURES,
+    WORDS,
+    Scene,
+    Text,
+    Thing,
+    WorldConfig,
+    cell_labels,
+    is_held_out,
+    sample_scene,
+)
+from openlance.world.tasks import EDIT_KINDS, QA, QUESTION_KINDS, Edit, edit, question, vocabulary_texts
+
+__all__ = [
+    "COLORS",
+    "EDIT_KINDS",
+    "GROUNDS",
+    "HELD_OUT",
+    "MOTIONS",
+    "PLACES",
+    "QA",
+    "QUESTION_KINDS",
+    "SHAPES",
+    "SIZES",
+    "TEXTURES",
+    "WORDS",
+    "Claims",
+    "Edit",
+    "Scene",
+    "Text",
+    "TextClaim",
+    "Thing",
+    "ThingClaim",
+    "WorldConfig",
+    "caption",
+    "cell_labels",
+    "describe",
+    "edit",
+    "is_held_out",
+    "question",
+    "render",
+    "render_clip",
+    "sample_scene",
+    "vocabulary_texts",
+]
