@@ -83,13 +83,13 @@ def holds_vision(release: Release) -> bool:
 
 def _fetch(repository: str, patterns: list[str]) -> Path:
     """Downloads the files that match, shows progress, and gives the folder of the snapshot."""
-    import httpx
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
+    transport = HfHubHTTPError.__bases__[0]  # of the HTTP library, which differs between hub versions
     try:
         return Path(snapshot_download(repository, allow_patterns=patterns))
-    except (HfHubHTTPError, HFValidationError, httpx.HTTPError, OSError) as error:
+    except (HfHubHTTPError, HFValidationError, transport, OSError) as error:
         reason = str(error).strip().splitlines()
         raise InputError(
             f"{repository}: no such folder here, and it cannot be had from the Hugging Face hub "
