@@ -247,7 +247,8 @@ def _space(name: str, count: int, frame: Frames) -> Frames:
     return np.empty((count, *frame.shape), dtype=np.uint8)
 
 
-def _open(file: BinaryIO) -> InputContainer:
+def open_container(file: BinaryIO) -> InputContainer:
+    """Open a video file for reading, from its start."""
     file.seek(0)
     return av.open(file, "r", options={"format_whitelist": _CONTAINERS})
 
@@ -262,7 +263,7 @@ def _pictures(name: str, container: InputContainer) -> VideoStream:
 
 def _measure(name: str, file: BinaryIO, fps: float | None) -> tuple[int, float]:
     """(number of frames shown, frames per second), from the packets alone."""
-    with _open(file) as container:
+    with open_container(file) as container:
         stream = _pictures(name, container)
         check_size(name, stream.width, stream.height)
         count, end = 0, 0.0
@@ -300,7 +301,7 @@ def _declared_length(stream: VideoStream) -> float | None:
 
 
 def _decode(name: str, file: BinaryIO, wanted: list[int]) -> Frames:
-    with decoding(name), _open(file) as container:
+    with decoding(name), open_container(file) as container:
         return _gather(name, container.decode(_pictures(name, container)), _pixels, wanted)
 
 

@@ -92,8 +92,8 @@ def load_image(source: Source) -> Image.Image:
         raise InputError("expected a picture, got a clip: take one of its frames")
     if isinstance(source, np.ndarray | Tensor):
         return Image.fromarray(_rgb_array(source, ndim=3))
-    with _opened(source) as (name, file):
-        image = _open_image(name, file)
+    with opened(source) as (name, file):
+        image = open_image(name, file)
         if image is None:
             formats = ", ".join(_known())
             raise InputError(f"{name}: no picture of a known kind ({formats}); for a clip use load_video")
@@ -122,7 +122,7 @@ def load_video(source: Source, select: Select | None = None, fps: float | None =
         rate = source.fps if fps is None else fps
         wanted = choose("the clip", len(source), rate, select)
         return Video(source.frames[wanted], kept_rate(rate, wanted))
-    with _opened(source) as (name, file):
+    with opened(source) as (name, file):
         media = _read(name, file, select, fps)
     if not isinstance(media, Video):
         raise InputError(f"{name}: expected a clip, found a still picture: use load_image")
@@ -140,7 +140,7 @@ def load_media(source: Source, select: Select | None = None, fps: float | None =
         return load_video(source, select, fps) if source.ndim == 4 else load_image(source)
     if isinstance(source, Video):
         return load_video(source, select, fps)
-    with _opened(source) as (name, file):
+    with opened(source) as (name, file):
         return _read(name, file, select, fps)
 
 
@@ -150,7 +150,7 @@ def as_frames(media: Media) -> Frames:
 
 
 @contextmanager
-def _opened(source: str | Path | bytes | BinaryIO) -> Iterator[tuple[str, BinaryIO]]:
+def opened(source: str | Path | bytes | BinaryIO) -> Iterator[tuple[str, BinaryIO]]:
     """(what to call the source in messages, a file to read it from)."""
     file: BinaryIO
     if isinstance(source, bytes | bytearray | memoryview):
@@ -189,7 +189,7 @@ def _open_path(path: str) -> BinaryIO:
 
 
 def _read(name: str, file: BinaryIO, select: Select | None, fps: float | None) -> Media:
-    image = _open_image(name, file)
+    image = open_image(name, file)
     if image is None:
         file.seek(0)
         magic = file.read(4)
@@ -207,7 +207,7 @@ def _known() -> list[str]:
     return sorted(_FORMATS & set(Image.registered_extensions().values()))
 
 
-def _open_image(name: str, file: BinaryIO) -> Image.Image | None:
+def open_image(name: str, file: BinaryIO) -> Image.Image | None:
     """The picture in a file, its pixels not decoded yet, or None where it is no picture."""
     try:
         with decoding(name):
