@@ -9,8 +9,9 @@ import codecs
 import json
 import unicodedata
 from bisect import bisect_left
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, trainers
@@ -36,6 +37,8 @@ MARKUP = (
     "<tool_call>", "</tool_call>", "<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>", "<|fim_pad|>",
     "<|repo_name|>", "<|file_sep|>",
 )  # fmt: skip
+
+Read = TypeVar("Read")
 
 
 class Tokenizer:
@@ -191,7 +194,7 @@ def _read_added(config: Path) -> dict[int, dict]:
     return {int(i): {name: fields[name] for name in known if name in fields} for i, fields in table.items()}
 
 
-def _parse(path: Path, read):
+def _parse(path: Path, read: Callable[[], Read]) -> Read:
     """Calls `read`; an error while parsing becomes an InputError that names the file."""
     try:
         return read()
@@ -202,8 +205,14 @@ def _parse(path: Path, read):
 
 
 def _special_tokens(backend: tokenizers.Tokenizer, where: str) -> SpecialTokens:
-    ids = {name: backend.token_to_id(f"<|{name}|>") for name in SpecialTokens.__dataclass_fields__}
-    missing = [f"<|{name}|>" for name, token_id in ids.items() if token_id is None]
+    ids: dict[str, int] = {}
+    missing = []
+    for name in SpecialTokens.__dataclass_fields__:
+        token_id = backend.token_to_id(f"<|{name}|>")
+        if token_id is None:
+            missing.append(f"<|{name}|>")
+        else:
+            ids[name] = token_id
     if missing:
         raise InputError(f"{where}: lacks the control token(s) {', '.join(missing)}")
     return SpecialTokens(**ids)

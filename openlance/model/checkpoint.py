@@ -167,7 +167,7 @@ def _open_pickled(path: Path) -> dict[str, Stored]:
     if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
         raise InputError(f"{path}: must hold a dictionary of tensors")
     return {
-        key: Stored(path, key, tuple(tensor.shape), lambda tensor=tensor: tensor)
+        key: Stored(path, key, tuple(tensor.shape), partial(tensors.__getitem__, key))
         for key, tensor in tensors.items()
     }
 
@@ -278,7 +278,7 @@ def _write_shards(tensors: dict[str, Tensor], folder: Path, dtype: torch.dtype |
     shards = list(_shards(tensors, dtype, limit))
     if len(shards) == 1:
         return _write(tensors, folder / WEIGHTS, dtype)
-    table = {}
+    table: dict[str, str] = {}
     for number, shard in enumerate(shards, start=1):
         name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         _write({key: tensors[key] for key in shard}, folder / name, dtype)

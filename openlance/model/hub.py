@@ -86,7 +86,9 @@ def _fetch(repository: str, patterns: list[str]) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-    transport = HfHubHTTPError.__bases__[0]  # of the HTTP library, which differs between hub versions
+    transport: type[BaseException] = HfHubHTTPError.__bases__[
+        0
+    ]  # of the HTTP library, which differs between hub versions
     try:
         return Path(snapshot_download(repository, allow_patterns=patterns))
     except (HfHubHTTPError, HFValidationError, transport, OSError) as error:

@@ -44,7 +44,8 @@ VAE_KEYS = {
     "z_dim": "channels", "dim": "base", "dec_dim": "decoder_base", "dim_mult": "multipliers",
     "num_res_blocks": "residual_blocks", "temperal_downsample": "temporal_downsample",
 }  # fmt: skip
-OWN_FIELDS = ("name", "mape", "sampling", "sizes", "system_prompts", "max_latent_side", "max_frames")
+ELSEWHERE = ("backbone", "vision", "vae", "tokens")
+OWN_FIELDS = tuple(f.name for f in dataclasses.fields(ModelConfig) if f.name not in ELSEWHERE)
 OWN_VAE_FIELDS = ("mean", "std")
 
 Config = TypeVar("Config")

@@ -27,6 +27,7 @@ from openlance.config import (
 )
 from openlance.errors import InputError
 from openlance.model import checkpoint, hub
+from openlance.model import release as layout
 from openlance.model.checkpoint import find_release, load_model, load_vae, read_config, save_pretrained
 from openlance.model.lance import PARTS, Lance
 from openlance.model.names import PARTS as NAMED_PARTS
@@ -314,6 +315,16 @@ def test_released_values_hold_where_nothing_is_said(folder: Path) -> None:
     config, released = read_config(find_release(folder)), ModelConfig()
     assert config.vae == released.vae
     assert config == replace(released, backbone=config.backbone, vision=config.vision, tokens=config.tokens)
+
+
+def test_every_field_has_a_place_in_the_files() -> None:
+    def fields(kind: type) -> set[str]:
+        return {field.name for field in dataclasses.fields(kind)}
+
+    strides = {"spatial_stride", "temporal_stride"}  # follow from the shapes
+    assert set(layout.BACKBONE_KEYS.values()) | {"rope_sections"} == fields(BackboneConfig)
+    assert set(layout.VISION_KEYS.values()) == fields(VisionConfig)
+    assert set(layout.VAE_KEYS.values()) | set(layout.OWN_VAE_FIELDS) | strides == fields(VAEConfig)
 
 
 @pytest.mark.parametrize(
