@@ -224,7 +224,7 @@ def nano() -> ModelConfig:
         name="nano",
         backbone=replace(
             base.backbone,
-            hidden=256, layers=6, heads=4, kv_heads=2, mlp=768, vocab=512, rope_sections=(8, 12, 12),
+            hidden=256, layers=6, heads=4, kv_heads=2, mlp=512, vocab=512, rope_sections=(8, 12, 12),
         ),
         vision=replace(
             base.vision,
@@ -233,11 +233,37 @@ def nano() -> ModelConfig:
         vae=replace(base.vae, base=16, decoder_base=24, residual_blocks=1, mean=(0.0,) * 48, std=(1.0,) * 48),
         mape=replace(base.mape, shift_understanding=True),
         sizes=Sizes(
-            image=112, video=112, vit_image=112, vit_video=112, frames=9, fps=8.0, max_seconds=2.0
+            image=96, video=96, vit_image=112, vit_video=112, frames=9, fps=8.0, max_seconds=2.0
         ),
         max_latent_side=16,
         max_frames=33,
     )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One run of the training loop.
+
+    batch: samples a step. Losses: ce_weight · cross-entropy + mse_weight · velocity error, each a mean
+    over its own tokens. The learning rate warms up, stays, and falls to zero over the last `decay` of the
+    steps. drop_text: share of samples that lose the user's words, drop_all: that lose references too.
+    """
+
+    steps: int
+    batch: int = 40
+    learning_rate: float = 1.5e-3
+    warmup: int = 200
+    decay: float = 0.3
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-15
+    clip: float = 1.0
+    ema: float = 0.999
+    time_shift: float = 3.0
+    ce_weight: float = 0.25
+    mse_weight: float = 1.0
+    drop_text: float = 0.1
+    drop_all: float = 0.0
+    seed: int = 0
 
 
 PRESETS = {"lance_3b": lance_3b, "nano": nano}

@@ -22,11 +22,10 @@ class CausalTail:
 
 @dataclass(frozen=True, eq=False)
 class Rows:
-    """Samples as padded rows [B, longest] of token places (padding = N), and who sees whom in each,
-    mask [B, longest, longest]."""
+    """Samples as padded rows of token places, and who sees whom in each (see `PackedBatch`)."""
 
-    rows: Tensor
-    mask: Tensor
+    rows: tuple[Tensor, ...]
+    masks: tuple[Tensor, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,29 +59,29 @@ def attention(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> Tensor:
 def _padded_rows(q: Tensor, k: Tensor, v: Tensor, pattern: Rows) -> Tensor:
     """Dense attention inside each sample: O(sum of squares), not the square of the packed length."""
     heads, kv_heads, size = q.shape[1], k.shape[1], q.shape[2]
-    rows, mask = pattern.rows, pattern.mask
-    batch, longest = rows.shape
-    place = rows.clamp(max=len(q) - 1)
-
-    def gather(x: Tensor, per_group: int) -> Tensor:
-        return x[place].view(batch, longest, kv_heads, per_group, size).permute(0, 2, 3, 1, 4)
-
-    grouped = gather(q, heads // kv_heads)  # [B, kv, group, L, d]
-    key, value = gather(k, 1), gather(v, 1)
-    if q.device.type == "cpu" and torch.is_grad_enabled():
-        # Two products and a softmax: their backward beats that of SDPA on CPU (benchmarks/attention.py).
-        score = (grouped * size**-0.5) @ key.transpose(-1, -2)
-        score = score.masked_fill(~mask[:, None, None], float("-inf"))
-        out = score.softmax(-1) @ value
-    else:
-        shape = grouped.shape
-        out = F.scaled_dot_product_attention(
-            grouped.flatten(1, 2), key.expand(shape).flatten(1, 2), value.expand(shape).flatten(1, 2),
-            attn_mask=mask[:, None],
-        ).view(shape)  # fmt: skip
-    out = out.permute(0, 3, 1, 2, 4).reshape(batch, longest, heads, size)
-    real = rows < len(q)
-    return torch.zeros_like(q).index_copy(0, rows[real], out[real])
+    places, outs = [], []
+    for rows, mask in zip(pattern.rows, pattern.masks, strict=True):
+        batch, longest = rows.shape
+        place = rows.clamp(max=len(q) - 1)
+        query = q[place].view(batch, longest, kv_heads, -1, size).permute(0, 2, 3, 1, 4)
+        key, value = (x[place].transpose(1, 2)[:, :, None] for x in (k, v))  # [B, kv_heads, 1, L, d]
+        if q.device.type == "cpu" and torch.is_grad_enabled():
+            # Two products and a softmax: their backward beats that of SDPA on CPU (benchmarks/attention.py).
+            hidden = torch.zeros(mask.shape, dtype=q.dtype).masked_fill_(~mask, float("-inf"))
+            query = query.reshape(batch, kv_heads, -1, size) * size**-0.5
+            score = query @ key.squeeze(2).transpose(-1, -2)  # [B, kv_heads, group · L, L]
+            score = score.view(batch, heads, longest, longest) + hidden[:, None]
+            out = score.softmax(-1).view(batch, kv_heads, -1, longest) @ value.squeeze(2)
+        else:
+            shape = query.shape
+            out = F.scaled_dot_product_attention(
+                query.flatten(1, 2), key.expand(shape).flatten(1, 2), value.expand(shape).flatten(1, 2),
+                attn_mask=mask[:, None],
+            )  # fmt: skip
+        real = rows < len(q)
+        outs.append(out.reshape(batch, heads, longest, size).transpose(1, 2)[real])
+        places.append(rows[real])
+    return torch.zeros_like(q).index_copy(0, torch.cat(places), torch.cat(outs))
 
 
 def _flex(compiled: bool):  # type: ignore[no-untyped-def]

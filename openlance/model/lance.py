@@ -99,8 +99,8 @@ class Lance(nn.Module):
         computed, and each step's latents [g, C] and times [g] instead of the batch's.
         """
         if pattern is None:
-            assert batch.rows is not None and batch.mask is not None, "pack(dense=True) or give a pattern"
-            pattern = Rows(batch.rows, batch.mask)
+            assert batch.rows, "pack(dense=True) or give a pattern"
+            pattern = Rows(batch.rows, batch.masks)
         if prepared is None:
             prepared = self.prepare(batch)
         halves = {"und": prepared.und}

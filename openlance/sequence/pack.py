@@ -16,6 +16,8 @@ from openlance.sequence.mask import Visibility, visible
 from openlance.sequence.positions import mape_positions
 from openlance.sequence.segment import Kind, Role, Sample, Segment
 
+GROUP_RATIO = 0.75
+
 
 @dataclass(frozen=True, eq=False)
 class PackedBatch:
@@ -25,8 +27,8 @@ class PackedBatch:
     vit_index: ViT inputs, and where the merged features stand; features [v, hidden] where the samples
     bring them, then without patches. latents [g, C], times [g], latent_grid
     [3, g] (frame, row, column): the gen tokens, in order; their places are und … N-1. positions [3, N].
-    rows [samples, longest]: the tokens of each sample in order, padded with `N`, and `mask`
-    [samples, longest, longest] over them; None when attention needs no dense mask.
+    rows: for each group of samples of like length, their tokens in order [samples, longest], padded with
+    `N`; masks: who sees whom, [samples, longest, longest] for each group. Empty when attention needs none.
     answer_index, answer_labels: tokens whose next token carries cross-entropy, and that token.
     denoised [g] bool: gen tokens that are to be denoised and carry velocity loss.
     """
@@ -47,8 +49,8 @@ class PackedBatch:
     place: Tensor  # [N] index of each sorted token in the samples laid end to end
     answer_index: Tensor
     answer_labels: Tensor
-    rows: Tensor | None = None
-    mask: Tensor | None = None
+    rows: tuple[Tensor, ...] = ()
+    masks: tuple[Tensor, ...] = ()
 
     @property
     def tokens(self) -> int:
@@ -64,6 +66,8 @@ class PackedBatch:
                 moved[name] = value.to(device, cast) if cast else value.to(device)
             elif isinstance(value, Visibility):
                 moved[name] = value.to(device)
+            elif isinstance(value, tuple):
+                moved[name] = tuple(tensor.to(device) for tensor in value)
         return replace(self, **moved)  # type: ignore[arg-type]
 
 
@@ -150,7 +154,7 @@ def pack(
     target = torch.nonzero(c.answer).flatten()
     patches, vit_grid, features = _vit_inputs(samples)
     latents, token_times, grid, denoised = _latent_inputs(samples, config, times)
-    rows, mask = _dense_rows(c.sample, rank, visibility) if dense else (None, None)
+    rows, masks = _dense_rows(c.sample, rank, visibility) if dense else ((), ())
     is_text, is_vit = c.inner[und_place] == 0, c.inner[und_place] == 1
     return PackedBatch(
         und=len(und_place),
@@ -170,7 +174,7 @@ def pack(
         answer_index=rank[target - 1],
         answer_labels=c.ids[target],
         rows=rows,
-        mask=mask,
+        masks=masks,
     )
 
 
@@ -213,18 +217,34 @@ def _latent_inputs(
     return torch.cat(latents), torch.cat(token_times), torch.cat(grids, dim=1), torch.cat(denoised)
 
 
-def _dense_rows(sample: Tensor, rank: Tensor, visibility: Visibility) -> tuple[Tensor, Tensor]:
-    """Padded rows [B, longest] of sorted places, and the mask [B, longest, longest] over them.
-
-    Padding queries see themselves alone, so that no row of a softmax is empty.
-    """
+def _dense_rows(
+    sample: Tensor, rank: Tensor, visibility: Visibility
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """Rows and masks of `PackedBatch`. Padding sees itself alone, so that no softmax is empty."""
     lengths = torch.bincount(sample)
-    longest = int(lengths.max())
-    rows = torch.full((len(lengths), longest), len(sample))
-    column = torch.arange(len(sample)) - torch.repeat_interleave(lengths.cumsum(0) - lengths, lengths)
-    rows[sample, column] = rank
-    real = rows < len(sample)
-    safe = rows.clamp(max=len(sample) - 1)
-    mask = visible(safe[:, :, None], safe[:, None, :], visibility)
-    mask &= real[:, :, None] & real[:, None, :]
-    return rows, mask | torch.eye(longest, dtype=torch.bool)
+    starts = lengths.cumsum(0) - lengths
+    all_rows, masks = [], []
+    for members in _alike(lengths.tolist()):
+        longest = int(lengths[members].max())
+        column = torch.arange(longest)
+        real = column < lengths[members][:, None]
+        rows = torch.where(
+            real, rank[(starts[members][:, None] + column).clamp(max=len(rank) - 1)], len(rank)
+        )
+        safe = rows.clamp(max=len(rank) - 1)
+        mask = visible(safe[:, :, None], safe[:, None, :], visibility)
+        mask &= real[:, :, None] & real[:, None, :]
+        all_rows.append(rows)
+        masks.append(mask | torch.eye(longest, dtype=torch.bool))
+    return tuple(all_rows), tuple(masks)
+
+
+def _alike(lengths: list[int]) -> list[list[int]]:
+    """Samples grouped so that within a group none is padded by more than a quarter of the longest."""
+    groups: list[list[int]] = []
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if groups and lengths[i] >= GROUP_RATIO * lengths[groups[-1][0]]:
+            groups[-1].append(i)
+        else:
+            groups.append([i])
+    return groups

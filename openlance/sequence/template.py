@@ -60,7 +60,8 @@ _EDIT = (
 _SUBJECT = (
     "Describe the key features of the input image (color, shape, size, texture, objects, background, "
     "style), then incorporate the user’s text description to generate a new {} that satisfies the user’s "
-    "requirements while preserving the essential identity and object or style information from the reference input."
+    "requirements while preserving the essential identity and object or style information from the "
+    "reference input."
 )
 _CAPTION = (
     "Generate a detailed and accurate description of the {}, including all the key moments and visual "
@@ -98,10 +99,14 @@ def system_prompt(task: Task, overrides: dict[str, str], *, caption: bool = Fals
 
 @dataclass(frozen=True, eq=False)
 class Message:
-    """One turn. role: "system", "user" or "assistant". parts: words and visual segments, in order."""
+    """One turn. role: "system", "user" or "assistant". parts: words and visual segments, in order.
+
+    past: an earlier turn, whose words are context: guidance keeps them, and they carry no loss.
+    """
 
     role: str
     parts: tuple[str | Segment, ...]
+    past: bool = False
 
 
 _TEXT_ROLE = {"system": Role.TEMPLATE, "user": Role.USER, "assistant": Role.ANSWER}
@@ -119,10 +124,11 @@ def build(messages: Sequence[Message], encode: Encode, *, open_turn: bool = Fals
     for index, message in enumerate(messages):
         if message.role not in _TEXT_ROLE:
             raise InputError(f"unknown message role {message.role!r}: choose system, user or assistant")
+        role = Role.TEMPLATE if message.past else _TEXT_ROLE[message.role]
         pieces.append((Role.TEMPLATE, ("\n" if index else "") + f"<|im_start|>{message.role}\n"))
         for part in message.parts:
-            pieces.append(part if isinstance(part, Segment) else (_TEXT_ROLE[message.role], part))
-        ends_answer = message.role == "assistant" and message.parts and isinstance(message.parts[-1], str)
+            pieces.append(part if isinstance(part, Segment) else (role, part))
+        ends_answer = role is Role.ANSWER and bool(message.parts) and isinstance(message.parts[-1], str)
         pieces.append((Role.ANSWER if ends_answer else Role.TEMPLATE, "<|im_end|>"))
     if open_turn:
         pieces.append((Role.TEMPLATE, "\n<|im_start|>assistant\n"))

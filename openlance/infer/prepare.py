@@ -1,0 +1,122 @@
+"""Media and sizes as a user gives them, into what the model takes."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from openlance.config import ModelConfig, Sizes
+from openlance.data.media import (
+    VAE_DIVISOR,
+    VIT_DIVISOR,
+    Frames,
+    Media,
+    Source,
+    Video,
+    as_frames,
+    load_media,
+    resize_to_bucket,
+    sample_frames,
+    to_vae_pixels,
+    to_vit_patches,
+)
+from openlance.data.tasks import View
+from openlance.errors import InputError
+from openlance.model.vae import VAE
+
+log = logging.getLogger("openlance")
+
+Size = tuple[int, int]
+"""(height, width) in pixels."""
+
+
+@dataclass(frozen=True)
+class Resolutions:
+    """Bucket resolutions of the two streams, in pixels of a square's side."""
+
+    vae: int
+    vit: int
+
+    @classmethod
+    def of(cls, sizes: Sizes, *, video: bool) -> Resolutions:
+        return cls(sizes.video, sizes.vit_video) if video else cls(sizes.image, sizes.vit_image)
+
+
+def load(source: Source, sizes: Sizes) -> Media:
+    """Any picture or clip; of a clip only the frames that the model will see are kept."""
+
+    def select(count: int, fps: float) -> list[int]:
+        return sample_frames(count, fps, sample_fps=sizes.fps, max_duration=sizes.max_seconds)
+
+    if isinstance(source, Video):
+        return Video(source.frames[select(len(source.frames), source.fps)], sizes.fps)
+    return load_media(source, select)
+
+
+def semantic_view(frames: Frames, resolution: int, config: ModelConfig) -> View:
+    """What the ViT takes of frames uint8 [T, H, W, 3]."""
+    vision = config.vision
+    resized = resize_to_bucket(frames, resolution, VIT_DIVISOR)
+    patches, (t, h, w) = to_vit_patches(resized, vision.patch, vision.temporal_patch, vision.merge)
+    return View(grid=(t, h // vision.merge, w // vision.merge), patches=patches)
+
+
+@torch.inference_mode()
+def encode_latents(
+    frames: Frames, resolution: int, vae: VAE, *, posterior: torch.Generator | None = None
+) -> Tensor:
+    """Latents [T', H', W', channels] float32 on the CPU of frames uint8 [T, H, W, 3], resized to their bucket.
+
+    The mean of the posterior; a draw from it where a generator is given.
+    """
+    pixels = to_vae_pixels(resize_to_bucket(frames, resolution, VAE_DIVISOR))
+    weight = next(vae.parameters())
+    return vae.encode(pixels[None].to(weight), sample=posterior)[0].float().cpu()
+
+
+def view(
+    media: Media, resolutions: Resolutions, config: ModelConfig, vae: VAE | None, *,
+    semantic: bool = True, posterior: torch.Generator | None = None,
+) -> View:  # fmt: skip
+    """A picture or clip as the model sees it: the ViT's patches, and latents where a VAE is given."""
+    frames = as_frames(media)
+    seen = semantic_view(frames, resolutions.vit, config) if semantic else View()
+    if vae is None:
+        return seen
+    latents = encode_latents(frames, resolutions.vae, vae, posterior=posterior)
+    return View(seen.grid, seen.patches, latents=latents)
+
+
+def target_size(size: Size | int | None, default: Size, config: ModelConfig) -> Size:
+    """A size that the model can generate: multiples of 16; what had to be rounded is said in the log.
+
+    Raises InputError for a size below 16 pixels or beyond the latent position table.
+    """
+    height, width = default if size is None else (size, size) if isinstance(size, int) else size
+    stride = config.vae.spatial_stride
+    most = config.max_latent_side * stride
+    if min(height, width) < stride or max(height, width) > most:
+        raise InputError(f"size {height}x{width}: each side must lie between {stride} and {most} pixels")
+    rounded = (round(height / stride) * stride, round(width / stride) * stride)
+    if rounded != (height, width):
+        log.warning(
+            "size %dx%d is not a multiple of %d: made %dx%d (height x width)", height, width, stride, *rounded
+        )
+    return rounded
+
+
+def target_frames(frames: int, config: ModelConfig) -> int:
+    """A clip length that the VAE can decode, 4 k + 1; rounding down is said in the log.
+
+    Raises InputError for none, or more than the model's limit.
+    """
+    if not 1 <= frames <= config.max_frames:
+        raise InputError(f"{frames} frames: the model generates 1 to {config.max_frames}")
+    stride = config.vae.temporal_stride
+    fitting = (frames - 1) // stride * stride + 1
+    if fitting != frames:
+        log.warning("%d frames is not %d k + 1: made %d", frames, stride, fitting)
+    return fitting

@@ -1,0 +1,133 @@
+"""The recipe of the bundled model, from nothing: tokenizer, VAE, ViT, encoded world, backbone.
+
+Every stage leaves its result in the run folder and is skipped when that is there; VAE, ViT and backbone
+also save as they go, so that a stopped run goes on where it was.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from openlance.config import ModelConfig, TrainConfig, VAEConfig, nano
+from openlance.data.tasks import to_sample
+from openlance.model.checkpoint import save_pretrained
+from openlance.model.lance import Lance
+from openlance.model.vae import VAE
+from openlance.model.vision import Vision
+from openlance.sequence.template import Task
+from openlance.tokenizer import Tokenizer, train_tokenizer
+from openlance.train.loop import train
+from openlance.train.nano_data import KINDS, EncodedWorld, encode_world
+from openlance.train.nano_vae import train_vae
+from openlance.train.nano_vision import train_vision
+from openlance.world import vocabulary_texts
+
+# Short, since every token costs time where two CPU cores are all there is.
+SYSTEM_PROMPTS: dict[str, str] = {
+    Task.T2I: "draw",
+    Task.T2V: "film",
+    Task.I2V: "animate",
+    Task.IMAGE_EDIT: "edit",
+    Task.VIDEO_EDIT: "edit film",
+    Task.SUBJECT_IMAGE: "draw it",
+    Task.SUBJECT_VIDEO: "film it",
+    Task.X2T_IMAGE: "answer",
+    Task.X2T_VIDEO: "answer film",
+    Task.CHAT: "chat",
+    "caption_image": "describe",
+    "caption_video": "describe film",
+}
+
+# Shares of samples. Drawing and answering come first; the rest shows that every task is learnt at all.
+MIXTURE = {
+    Task.T2I: 0.55,
+    Task.X2T_IMAGE: 0.22,
+    Task.IMAGE_EDIT: 0.12,
+    Task.SUBJECT_IMAGE: 0.02,
+    Task.T2V: 0.02,
+    Task.I2V: 0.03,
+    Task.X2T_VIDEO: 0.03,
+    Task.VIDEO_EDIT: 0.01,
+}
+
+
+@dataclass(frozen=True)
+class NanoRecipe:
+    """How long each part takes: minutes of the VAE and ViT, encoded items a kind, steps of the backbone."""
+
+    vae_minutes: float = 16.0
+    vision_minutes: float = 9.0
+    images: int = 40_000
+    edits: int = 8_000
+    subjects: int = 2_000
+    clips: int = 1_500
+    train: TrainConfig = TrainConfig(steps=4_000)
+
+
+def train_nano(
+    run_dir: Path,
+    recipe: NanoRecipe,
+    *,
+    threads: int = 2,
+    validate: Callable[[Lance, VAE, Tokenizer], dict[str, float]] | None = None,
+) -> Path:
+    """Run or resume the whole recipe; returns the folder of the finished model, in the released layout."""
+    torch.set_num_threads(threads)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    tokenizer = nano_tokenizer(run_dir / "tokenizer")
+    if not (run_dir / "vae.safetensors").exists():
+        train_vae(run_dir, recipe.vae_minutes, threads=threads)
+    if not (run_dir / "vision.safetensors").exists():
+        train_vision(run_dir, recipe.vision_minutes, threads=threads)
+    config = nano_config(run_dir, tokenizer)
+    vae, vision = load_parts(run_dir, config)
+    counts = (recipe.images, recipe.edits, recipe.subjects, recipe.clips)
+    for kind, count in zip(KINDS, counts, strict=True):
+        encode_world(kind, count, vae, vision, config, run_dir / f"{kind.name}.safetensors")
+    torch.manual_seed(recipe.train.seed)
+    model = Lance(config)
+    model.vision.load_state_dict(vision.state_dict())
+    world = EncodedWorld(run_dir, MIXTURE)
+    encode = tokenizer.encode_with_offsets
+
+    def samples(step: int) -> list:
+        return [to_sample(row, encode, config) for row in world.rows(step, recipe.train.batch)]
+
+    check = None if validate is None else lambda model, step: validate(model, vae, tokenizer)
+    trained = train(model, samples, recipe.train, run_dir, vocabulary=tokenizer.size, validate=check)
+    out = run_dir / "nano"
+    save_pretrained(out, model=trained, vae=vae, tokenizer=tokenizer, config=config, dtype=torch.bfloat16)
+    return out
+
+
+def nano_tokenizer(folder: Path) -> Tokenizer:
+    """The tokenizer of the world's words and of the chat template, trained once."""
+    if not (folder / "tokenizer.json").exists():
+        turns = [f"{word}\n" for word in ("system", "user", "assistant", *SYSTEM_PROMPTS.values())]
+        texts = vocabulary_texts()
+        tokenizer = train_tokenizer([*texts, *turns * (1 + len(texts) // 20)], nano().backbone.vocab)
+        folder.mkdir(parents=True, exist_ok=True)
+        tokenizer.save(folder)
+    return Tokenizer.load(folder)
+
+
+def nano_config(run_dir: Path, tokenizer: Tokenizer) -> ModelConfig:
+    """The preset with what training found: the tokenizer's special ids and the latents' statistics."""
+    found = json.loads((run_dir / "vae.json").read_text())["config"]
+    vae = VAEConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in found.items()})
+    return replace(nano(), vae=vae, tokens=tokenizer.special, system_prompts=SYSTEM_PROMPTS)
+
+
+def load_parts(run_dir: Path, config: ModelConfig) -> tuple[VAE, Vision]:
+    """The trained VAE and ViT, frozen."""
+    vae, vision = VAE(config.vae), Vision(config.vision)
+    for module, name in ((vae, "vae"), (vision, "vision")):
+        module.load_state_dict(load_file(run_dir / f"{name}.safetensors"))
+        module.eval().requires_grad_(False)
+    return vae, vision
