@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from math import isfinite, prod
 from pathlib import Path
+from tokenize import TokenError
 from typing import IO, BinaryIO, TypeVar
 
 import av
@@ -31,6 +32,12 @@ Frames = NDArray[np.uint8]
 
 Select = Callable[[int, float], Sequence[int]]
 """(number of frames, frames per second) -> indices of the frames to keep, in the order to keep them."""
+
+# What Pillow, PyAV, zipfile and numpy were seen to raise when they were fed random changes of valid files.
+_DECODER_ERRORS = (
+    *(ArithmeticError, AssertionError, EOFError, IndexError, OSError, RuntimeError, SyntaxError, ValueError),
+    *(av.FFmpegError, zipfile.BadZipFile, zlib.error, struct.error, TokenError),
+)
 
 T = TypeVar("T")
 
@@ -126,17 +133,11 @@ def decoding(name: str) -> Iterator[None]:
         raise
     except Image.DecompressionBombError as error:
         raise InputError(f"{name}: too many pixels ({error}): scale it down first") from error
-    except (
-        av.FFmpegError,
-        zipfile.BadZipFile,
-        zlib.error,
-        struct.error,
-        OSError,
-        EOFError,
-        SyntaxError,
-        ValueError,
-    ) as error:
-        raise InputError(f"{name}: damaged, cut short or no media file ({error}): get it again") from error
+    except _DECODER_ERRORS as error:
+        cause = getattr(error, "strerror", None) or error
+        raise InputError(
+            f"{name}: no picture or clip of a known kind, damaged or cut short ({cause})"
+        ) from error
 
 
 def read_container(name: str, file: BinaryIO, select: Select | None, fps: float | None = None) -> Video:
@@ -163,19 +164,19 @@ def read_animation(name: str, image: Image.Image, select: Select | None, fps: fl
     Their frames last differently long; the rate is the average, and `fps` overrides it.
     Raises InputError for damaged or too large pictures.
     """
+    check_size(name, *image.size)
     first = 1 if image.info.get("default_image") else 0  # a PNG may carry a still outside its animation
-    count = getattr(image, "n_frames", 1) - first
 
     def shown() -> Iterator[Image.Image]:
-        for index in range(first, first + count):
+        for index in range(first, getattr(image, "n_frames", 1)):
             image.seek(index)
             image.load()
             yield image
 
     with decoding(name):
-        check_size(name, *image.size)
-        delay = sum(frame.info.get("duration") or _DEFAULT_DELAY for frame in shown())
-    rate = 1000 * count / delay if fps is None else fps
+        delays = [frame.info.get("duration") or _DEFAULT_DELAY for frame in shown()]
+        count = len(delays)
+        rate = 1000 * count / sum(delays) if fps is None else fps
     wanted = choose(name, count, rate, select)
     with decoding(name):
         frames = _gather(name, shown(), lambda frame: np.asarray(over_white(frame)), wanted)
@@ -256,9 +257,9 @@ def open_container(file: BinaryIO) -> InputContainer:
 def _pictures(name: str, container: InputContainer) -> VideoStream:
     """The video of a container; the cover picture of a song is none."""
     for stream in container.streams.video:
-        if not stream.disposition & Disposition.attached_pic:
+        if stream.codec_context is not None and not stream.disposition & Disposition.attached_pic:
             return stream
-    raise InputError(f"{name}: there is no video in this file")
+    raise InputError(f"{name}: there is no video in this file, or in a coding that is not known")
 
 
 def _measure(name: str, file: BinaryIO, fps: float | None) -> tuple[int, float]:
@@ -276,8 +277,8 @@ def _measure(name: str, file: BinaryIO, fps: float | None) -> tuple[int, float]:
         length, shown = _declared_length(stream), end - _seconds(stream, stream.start_time)
         known = stream.average_rate or stream.guessed_rate or (length and count / length)
         rate = float(known or 0) if fps is None else fps
-        if not rate:
-            raise InputError(f"{name}: the file does not say how many frames a second it has: give `fps`")
+        if rate <= 0:
+            raise InputError(f"{name}: no positive number of frames a second is known: give `fps`")
         if length is not None and shown < length - max(0.5, 2 / rate):
             raise InputError(
                 f"{name}: cut short: it should last {length:.1f} s and ends after {shown:.1f} s: get it again"

@@ -197,7 +197,9 @@ def _read(name: str, file: BinaryIO, select: Select | None, fps: float | None) -
         if magic == b"PK\x03\x04":
             return read_npz(name, file, select, fps, sidecar=Path(name).with_suffix(".json"))
         return read_container(name, file, select, fps)
-    if image.format in _ANIMATED and getattr(image, "is_animated", False):
+    with decoding(name):
+        animated = image.format in _ANIMATED and getattr(image, "is_animated", False)
+    if animated:
         return read_animation(name, image, select, fps)
     return _still(name, image)
 

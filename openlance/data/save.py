@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from fractions import Fraction
 from functools import partial
+from io import BytesIO
 from itertools import pairwise
 from math import ceil, sqrt
 from pathlib import Path
@@ -58,7 +59,7 @@ def save_image(image: Source, path: str | Path, settings: Settings | None = None
         options["pnginfo"].add_itxt(_KEY, json.dumps(settings))
     picture = load_image(image)
     with _writing(path) as part:
-        picture.save(part, format=kind, **options)
+        _write_pictures([picture], part, kind, **options)
     return path
 
 
@@ -173,12 +174,19 @@ def _write_video(video: Video, part: Path, settings: Settings | None, container:
 def _write_animation(video: Video, part: Path, settings: Settings | None, kind: str) -> None:
     unit = 10 if kind == "GIF" else 1  # ms; rounded so that the whole clip keeps its length
     ends = [round(index * 1000 / video.fps / unit) * unit for index in range(len(video) + 1)]
-    first, *rest = map(Image.fromarray, video.frames)
+    pictures = [Image.fromarray(frame) for frame in video.frames]
     options: dict[str, Any] = {"exif": _exif(settings), "quality": 90} if kind == "WEBP" else {}
     if kind == "GIF" and settings is not None:
         options["comment"] = _wrap(settings).encode()
     durations = [end - start for start, end in pairwise(ends)]
-    first.save(part, format=kind, save_all=True, append_images=rest, duration=durations, loop=0, **options)
+    _write_pictures(pictures, part, kind, save_all=True, duration=durations, loop=0, **options)
+
+
+def _write_pictures(pictures: list[Image.Image], part: Path, kind: str, **options: Any) -> None:
+    """Encode in memory first: Pillow does not notice a disk that is full in the middle of a write."""
+    encoded = BytesIO()
+    pictures[0].save(encoded, format=kind, append_images=pictures[1:], **options)
+    part.write_bytes(encoded.getbuffer())
 
 
 _CLIPS: dict[str, Callable[[Video, Path, Settings | None], None]] = {
