@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from openlance.config import ModelConfig, SamplingConfig, TextConfig, to_dict
-from openlance.data.media import Media, Source, Video, from_vae_pixels
+from openlance.data.media import Frames, Media, Source, Video, from_vae_pixels
 from openlance.errors import InputError
 from openlance.infer.generate import OnStep, denoise, speak
 from openlance.infer.prepare import Resolutions, Size, load, target_frames, target_size, view
@@ -71,10 +71,11 @@ class LancePipeline:
         dtype = (torch.float32 if device.type == "cpu" else torch.bfloat16) if dtype is None else dtype
         parts = frozenset().union(*(PARTS_OF[task] for task in tasks or list(Task)))
         release = find_release(source, variant)
-        config = read_config(release)
+        tokenizer = Tokenizer.load(release.folder)
+        config = read_config(release, tokenizer)
         vae = load_vae(release, config, device=device, dtype=dtype) if "vae" in parts else None
         model = load_model(release, config, device=device, dtype=dtype, parts=parts - {"vae"})
-        return cls(model, Tokenizer.load(release.tokenizer), vae)
+        return cls(model, tokenizer, vae)
 
     @property
     def config(self) -> ModelConfig:
@@ -322,7 +323,7 @@ class LancePipeline:
         )
 
     @torch.inference_mode()
-    def _decode(self, latents: Tensor) -> Any:
+    def _decode(self, latents: Tensor) -> Frames:
         """uint8 [T, H, W, 3] of latents [T', H', W', channels]."""
         assert self.vae is not None
         weight = next(self.vae.parameters())

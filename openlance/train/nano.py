@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -67,7 +67,7 @@ class NanoRecipe:
     edits: int = 8_000
     subjects: int = 2_000
     clips: int = 1_500
-    train: TrainConfig = TrainConfig(steps=4_000)
+    train: TrainConfig = field(default_factory=lambda: TrainConfig(steps=4_000))
 
 
 def train_nano(
