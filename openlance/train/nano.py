@@ -10,9 +10,11 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from safetensors.torch import load_file
+from torch import nn
 
 from openlance.config import ModelConfig, TrainConfig, VAEConfig, nano
 from openlance.data.tasks import to_sample
@@ -22,8 +24,8 @@ from openlance.model.vae import VAE
 from openlance.model.vision import Vision
 from openlance.sequence.template import Task
 from openlance.tokenizer import Tokenizer, train_tokenizer
-from openlance.train.loop import train
-from openlance.train.nano_data import KINDS, EncodedWorld, encode_world
+from openlance.train.loop import Samples, train
+from openlance.train.nano_data import KINDS, EncodedWorld, encode_features, encode_latents
 from openlance.train.nano_vae import train_vae
 from openlance.train.nano_vision import train_vision
 from openlance.world import vocabulary_texts
@@ -45,9 +47,12 @@ SYSTEM_PROMPTS: dict[str, str] = {
 }
 
 # Shares of samples. Drawing and answering come first; the rest shows that every task is learnt at all.
+M = TypeVar("M", bound=nn.Module)
+
+WORDS = {Task.X2T_IMAGE: 0.93, Task.X2T_VIDEO: 0.07}
 MIXTURE = {
-    Task.T2I: 0.55,
-    Task.X2T_IMAGE: 0.22,
+    Task.T2I: 0.60,
+    Task.X2T_IMAGE: 0.17,
     Task.IMAGE_EDIT: 0.12,
     Task.SUBJECT_IMAGE: 0.02,
     Task.T2V: 0.02,
@@ -63,10 +68,8 @@ class NanoRecipe:
 
     vae_minutes: float = 16.0
     vision_minutes: float = 9.0
-    images: int = 40_000
-    edits: int = 8_000
-    subjects: int = 2_000
-    clips: int = 1_500
+    items: tuple[int, ...] = (40_000, 8_000, 2_000, 1_500)  # images, edits, subjects, clips
+    words: TrainConfig = field(default_factory=lambda: TrainConfig(steps=1_000, decay=0.0))
     train: TrainConfig = field(default_factory=lambda: TrainConfig(steps=4_000))
 
 
@@ -81,29 +84,46 @@ def train_nano(
     torch.set_num_threads(threads)
     run_dir.mkdir(parents=True, exist_ok=True)
     tokenizer = nano_tokenizer(run_dir / "tokenizer")
+    model = train_words(run_dir, recipe, tokenizer, threads)
     if not (run_dir / "vae.safetensors").exists():
         train_vae(run_dir, recipe.vae_minutes, threads=threads)
-    if not (run_dir / "vision.safetensors").exists():
-        train_vision(run_dir, recipe.vision_minutes, threads=threads)
     config = nano_config(run_dir, tokenizer)
-    vae, vision = load_parts(run_dir, config)
-    counts = (recipe.images, recipe.edits, recipe.subjects, recipe.clips)
-    for kind, count in zip(KINDS, counts, strict=True):
-        encode_world(kind, count, vae, vision, config, run_dir / f"{kind.name}.safetensors")
-    torch.manual_seed(recipe.train.seed)
-    model = Lance(config)
-    model.vision.load_state_dict(vision.state_dict())
-    world = EncodedWorld(run_dir, MIXTURE)
-    encode = tokenizer.encode_with_offsets
-
-    def samples(step: int) -> list:
-        return [to_sample(row, encode, config) for row in world.rows(step, recipe.train.batch)]
-
+    vae = _frozen(VAE(config.vae), run_dir / "vae.safetensors")
+    for kind, count in zip(KINDS, recipe.items, strict=True):
+        encode_latents(kind, count, vae, config, run_dir)
+    model.config = config
     check = None if validate is None else lambda model, step: validate(model, vae, tokenizer)
+    samples = _samples(EncodedWorld(run_dir, MIXTURE), recipe.train.batch, tokenizer, config)
     trained = train(model, samples, recipe.train, run_dir, vocabulary=tokenizer.size, validate=check)
     out = run_dir / "nano"
     save_pretrained(out, model=trained, vae=vae, tokenizer=tokenizer, config=config, dtype=torch.bfloat16)
     return out
+
+
+def train_words(run_dir: Path, recipe: NanoRecipe, tokenizer: Tokenizer, threads: int) -> Lance:
+    """The ViT, then the und expert on questions and captions: neither needs the VAE."""
+    if not (run_dir / "vision.safetensors").exists():
+        train_vision(run_dir, recipe.vision_minutes, threads=threads)
+    config = replace(nano(), tokens=tokenizer.special, system_prompts=SYSTEM_PROMPTS)
+    vision = _frozen(Vision(config.vision), run_dir / "vision.safetensors")
+    for kind, count in zip(KINDS, recipe.items, strict=True):
+        encode_features(kind, count, vision, config, run_dir)
+    torch.manual_seed(recipe.words.seed)
+    model = Lance(config)
+    model.vision.load_state_dict(vision.state_dict())
+    samples = _samples(EncodedWorld(run_dir, WORDS), recipe.words.batch, tokenizer, config)
+    train(model, samples, recipe.words, run_dir, vocabulary=tokenizer.size, name="words")
+    return model
+
+
+def _samples(world: EncodedWorld, batch: int, tokenizer: Tokenizer, config: ModelConfig) -> Samples:
+    encode = tokenizer.encode_with_offsets
+    return lambda step: [to_sample(row, encode, config) for row in world.rows(step, batch)]
+
+
+def _frozen(module: M, file: Path) -> M:
+    module.load_state_dict(load_file(file))
+    return module.eval().requires_grad_(False)
 
 
 def nano_tokenizer(folder: Path) -> Tokenizer:
@@ -122,12 +142,3 @@ def nano_config(run_dir: Path, tokenizer: Tokenizer) -> ModelConfig:
     found = json.loads((run_dir / "vae.json").read_text())["config"]
     vae = VAEConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in found.items()})
     return replace(nano(), vae=vae, tokens=tokenizer.special, system_prompts=SYSTEM_PROMPTS)
-
-
-def load_parts(run_dir: Path, config: ModelConfig) -> tuple[VAE, Vision]:
-    """The trained VAE and ViT, frozen."""
-    vae, vision = VAE(config.vae), Vision(config.vision)
-    for module, name in ((vae, "vae"), (vision, "vision")):
-        module.load_state_dict(load_file(run_dir / f"{name}.safetensors"))
-        module.eval().requires_grad_(False)
-    return vae, vision

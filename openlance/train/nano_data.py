@@ -14,7 +14,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from openlance.config import ModelConfig
-from openlance.data.buckets import resize_to_bucket, to_vae_pixels, to_vit_patches
+from openlance.data.buckets import VIT_DIVISOR, resize_to_bucket, to_vae_pixels, to_vit_patches
+from openlance.data.frames import Frames
 from openlance.data.tasks import Row, View
 from openlance.model.vae import VAE
 from openlance.model.vision import Vision
@@ -23,6 +24,7 @@ from openlance.world import Scene, WorldConfig, caption, edit, question, render_
 from openlance.world.language import at_place
 from openlance.world.scene import pick
 
+SEED = 7
 IMAGES = WorldConfig(max_things=2)
 VARIED = WorldConfig(max_things=3, textures=("plain", "stripes", "checks", "dots"))
 CLIPS = WorldConfig(max_things=2, motions=("left", "right", "up", "down", "grow", "shrink"))
@@ -36,6 +38,7 @@ class Kind:
 
     name: str
     frames: int
+    scenes_each: int
     scenes: Callable[[np.random.Generator], tuple[list[Scene], str]]
 
 
@@ -66,38 +69,50 @@ def _clip(rng: np.random.Generator) -> tuple[list[Scene], str]:
 
 
 KINDS = (
-    Kind("image", 1, _image),
-    Kind("edit", 1, _edit),
-    Kind("subject", 1, _subject),
-    Kind("clip", 9, _clip),
+    Kind("image", 1, 1, _image),
+    Kind("edit", 1, 2, _edit),
+    Kind("subject", 1, 2, _subject),
+    Kind("clip", 9, 2, _clip),
 )
 
 
-@torch.inference_mode()
-def encode_world(
-    kind: Kind, count: int, vae: VAE, vision: Vision, config: ModelConfig, file: Path, seed: int = 7
-) -> None:
-    """Draw `count` items and write latents and ViT features of all their scenes to a safetensors file.
+def encode_features(kind: Kind, count: int, vision: Vision, config: ModelConfig, folder: Path) -> None:
+    """ViT features [items · scenes, tokens, hidden] float16 of `count` items, to a file in the folder."""
 
-    latents [items · scenes, frames, rows, columns, channels] and features [items · scenes, tokens, hidden],
-    both float16. An existing file of that many items is left alone.
-    """
-    if file.exists() and len(load_file(file)["latents"]) >= count:
-        return
-    latents, features = [], []
-    items = tqdm(range(count), desc=f"encode {kind.name}")
-    for chunk in _chunks(items, 16 if kind.frames == 1 else 2):
-        scenes = [scene for i in chunk for scene in draw(kind, i, seed)[0]]
-        clips = [render_clip(scene, kind.frames, config.sizes.image) for scene in scenes]
-        pixels = torch.stack([to_vae_pixels(clip) for clip in clips])
-        latents.append(vae.encode(pixels).half())
-        views = [resize_to_bucket(clip, config.sizes.vit_image, 28) for clip in clips]
+    def see(clips: list[Frames]) -> Tensor:
+        views = [resize_to_bucket(clip, config.sizes.vit_image, VIT_DIVISOR) for clip in clips]
         seen = [to_vit_patches(view) for view in views]
-        grid = torch.tensor([g for _, g in seen])
-        found = vision(torch.cat([patches for patches, _ in seen]), grid)
-        features.append(found.view(len(clips), -1, found.shape[-1]).half())
+        found = vision(torch.cat([p for p, _ in seen]), torch.tensor([grid for _, grid in seen]))
+        return found.view(len(clips), -1, found.shape[-1])
+
+    _encode(kind, count, see, config.sizes.vit_image, stored(folder, kind, "features"))
+
+
+def encode_latents(kind: Kind, count: int, vae: VAE, config: ModelConfig, folder: Path) -> None:
+    """Latents [items · scenes, frames, rows, columns, channels] float16 of `count` items, likewise."""
+
+    def squeeze(clips: list[Frames]) -> Tensor:
+        return vae.encode(torch.stack([to_vae_pixels(clip) for clip in clips]))
+
+    _encode(kind, count, squeeze, config.sizes.image, stored(folder, kind, "latents"))
+
+
+def stored(folder: Path, kind: Kind, what: str) -> Path:
+    return folder / f"{kind.name}.{what}.safetensors"
+
+
+@torch.inference_mode()
+def _encode(kind: Kind, count: int, encode: Callable[[list[Frames]], Tensor], side: int, file: Path) -> None:
+    """Draw the items, encode their scenes and write the file; one that is there is left alone."""
+    if file.exists():
+        return
+    found = []
+    items = tqdm(range(count), desc=file.name.removesuffix(".safetensors"))
+    for chunk in _chunks(items, 32 if kind.frames == 1 else 2):
+        scenes = [scene for i in chunk for scene in draw(kind, i)[0]]
+        found.append(encode([render_clip(scene, kind.frames, side) for scene in scenes]).half())
     draft = file.with_suffix(".draft")
-    save_file({"latents": torch.cat(latents), "features": torch.cat(features)}, draft)
+    save_file({"values": torch.cat(found)}, draft)
     os.replace(draft, file)
 
 
@@ -112,39 +127,42 @@ def _chunks(items: tqdm, size: int) -> Iterator[list[int]]:
         yield chunk
 
 
-def draw(kind: Kind, index: int, seed: int = 7) -> tuple[list[Scene], str]:
+def draw(kind: Kind, index: int) -> tuple[list[Scene], str]:
     """(scenes, instruction) of an item: always the same for the same index."""
-    return kind.scenes(np.random.default_rng((seed, KINDS.index(kind), index)))
+    return kind.scenes(np.random.default_rng((SEED, KINDS.index(kind), index)))
 
 
 class EncodedWorld:
     """Rows drawn from encoded items. mixture: weight of each task."""
 
-    def __init__(self, folder: Path, mixture: dict[Task, float], seed: int = 7):
+    def __init__(self, folder: Path, mixture: dict[Task, float], seed: int = 0):
         self.seed = seed
         self.tasks = list(mixture)
         self.weights = np.array([mixture[t] for t in self.tasks]) / sum(mixture.values())
-        self.stored: dict[str, dict[str, Tensor]] = {
-            kind.name: load_file(folder / f"{kind.name}.safetensors") for kind in KINDS
-        }
+        self.stored: dict[tuple[str, str], Tensor] = {}
+        for kind in KINDS:
+            for what in ("features", "latents"):
+                if (file := stored(folder, kind, what)).exists():
+                    self.stored[kind.name, what] = load_file(file)["values"]
 
     def rows(self, step: int, batch: int) -> list[Row]:
         """The rows of a step; the same for the same step."""
-        rng = np.random.default_rng((self.seed, step, 1))
+        rng = np.random.default_rng((self.seed, step))
         chosen = rng.choice(len(self.tasks), batch, p=self.weights)
         return [self._row(self.tasks[i], rng, f"{step}-{n}") for n, i in enumerate(chosen)]
 
     def _item(self, name: str, rng: np.random.Generator) -> tuple[list[Scene], list[View], str]:
         kind = next(k for k in KINDS if k.name == name)
-        stored = self.stored[name]
-        per_item = 1 if name == "image" else 2
-        index = int(rng.integers(len(stored["latents"]) // per_item))
+        features, latents = (self.stored.get((name, what)) for what in ("features", "latents"))
+        assert features is not None
+        index = int(rng.integers(len(features) // kind.scenes_each))
         scenes, instruction = draw(kind, index)
+        frames = (kind.frames + 1) // 2  # the ViT merges two
+        side = int((features.shape[1] // frames) ** 0.5)
         views = []
-        for row in range(index * per_item, (index + 1) * per_item):
-            features, latents = stored["features"][row].float(), stored["latents"][row].float()
-            side = int((len(features) // ((kind.frames + 1) // 2)) ** 0.5)
-            views.append(View(((kind.frames + 1) // 2, side, side), features=features, latents=latents))
+        for row in range(index * kind.scenes_each, (index + 1) * kind.scenes_each):
+            known = None if latents is None else latents[row].float()
+            views.append(View((frames, side, side), features=features[row].float(), latents=known))
         return scenes, views, instruction
 
     def _row(self, task: Task, rng: np.random.Generator, name: str) -> Row:

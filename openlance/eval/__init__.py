@@ -1,0 +1,1 @@
+"""Benchmarks: from samples to a headline number."""
