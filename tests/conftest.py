@@ -6,8 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-
-BESIDE_REPOSITORY = Path(__file__).resolve().parents[2] / "shared" / "golden"
+from folders import golden_folder
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -22,11 +21,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 @pytest.fixture(scope="session")
 def golden(request: pytest.FixtureRequest) -> Path:
     """The folder of golden data; the test is skipped where there is none."""
-    given = request.config.getoption("--golden")
-    folder = Path(given) if given else BESIDE_REPOSITORY
-    if not (folder / "MEANING.md").is_file() and not (folder / "manifest.json").is_file():
-        if given:
-            raise pytest.UsageError(f"--golden {given}: not a folder of golden data")
+    folder = golden_folder(request.config)
+    if folder is None:
         pytest.skip("no golden data: give its folder with --golden DIR")
     return folder
 
