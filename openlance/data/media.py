@@ -213,13 +213,11 @@ def open_image(name: str, file: BinaryIO) -> Image.Image | None:
     """The picture in a file, its pixels not decoded yet, or None where it is no picture."""
     try:
         with decoding(name):
-            image = Image.open(file, formats=_known())
+            return Image.open(file, formats=_known())
     except InputError as error:
         if isinstance(error.__cause__, UnidentifiedImageError):
             return None
         raise
-    check_size(name, *image.size)
-    return image
 
 
 def _still(name: str, image: Image.Image) -> Image.Image:

@@ -89,14 +89,15 @@ def test_a_selection_outside_the_clip_is_a_mistake(chosen: list[int], encode: En
         load_video(encode(grey_levels(LEVELS)), lambda count, fps: chosen)
 
 
-def test_memory_holds_only_the_chosen_frames(encode: Encode) -> None:
+def test_memory_holds_only_the_chosen_frames(encode: Encode, monkeypatch: pytest.MonkeyPatch) -> None:
     path = encode(grey_levels([i % 200 for i in range(300)], 96, 128))  # 11 MB decoded
-    load_video(path, lambda count, fps: [0])
+    to_pixels, converted = frames_module._pixels, []
+    monkeypatch.setattr(frames_module, "_pixels", lambda frame: converted.append(1) or to_pixels(frame))
     tracemalloc.start()
     video = load_video(path, lambda count, fps: [0, 150, count - 1])
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert len(video) == 3
+    assert len(video) == len(converted) == 3
     assert peak < 1e6
 
 
@@ -128,8 +129,19 @@ def test_a_trimmed_video_has_only_the_frames_that_are_shown(encode: Encode) -> N
     data[entry : entry + 4] = round(10 / 12 * 1000).to_bytes(4, "big")
     with av.open(BytesIO(bytes(data))) as container:
         assert container.streams.video[0].frames == 20
-    video = load_video(bytes(data))
+    counts = []
+    video = load_video(bytes(data), lambda count, fps: counts.append(count) or range(count))
+    assert counts == [10]
     np.testing.assert_allclose(levels_of(video.frames), LEVELS[:10], atol=SLACK)
+
+
+def test_fewer_frames_than_packets_are_chosen_from_anew(
+    encode: Encode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Packets before the first whole picture of a recording give no frame."""
+    monkeypatch.setattr(frames_module, "_measure", lambda name, file, fps: (25, 12.0))
+    video = load_video(encode(grey_levels(LEVELS)), lambda count, fps: [0, count - 1])
+    np.testing.assert_allclose(levels_of(video.frames), [LEVELS[0], LEVELS[-1]], atol=SLACK)
 
 
 def test_the_rate_can_be_given(encode: Encode) -> None:
@@ -225,6 +237,13 @@ def test_a_clip_cut_short_is_refused(name: str, kept: float, encode: Encode, tmp
     path.write_bytes(path.read_bytes()[: int(path.stat().st_size * kept)])
     with pytest.raises(InputError, match=name):
         load_media(path)
+
+
+def test_a_clip_cut_short_is_refused_whatever_is_chosen_of_it(encode: Encode) -> None:
+    frames = np.random.default_rng(0).integers(0, 256, (20, 48, 64, 3), dtype=np.uint8)
+    data = encode(frames).read_bytes()
+    with pytest.raises(InputError, match="cut short or damaged after"):
+        load_video(data[: int(len(data) * 0.97)], lambda count, fps: [0])
 
 
 def test_a_damaged_video_is_refused(encode: Encode) -> None:
