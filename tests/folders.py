@@ -10,7 +10,7 @@ BESIDE_REPOSITORY = Path(__file__).resolve().parents[2] / "shared" / "golden"
 
 
 def golden_folder(config: pytest.Config) -> Path | None:
-    """The folder of golden data, or None where there is none. Raises UsageError for a given one that is not."""
+    """The folder of golden data; None where there is none. Raises UsageError for a given one that is not."""
     given = config.getoption("--golden")
     folder = Path(given) if given else BESIDE_REPOSITORY
     if (folder / "MEANING.md").is_file() or (folder / "manifest.json").is_file():

@@ -87,7 +87,9 @@ def target(grid: tuple[int, int, int], fixed: tuple[int, ...] = (), seed: int = 
     return Segment(Kind.NOISY, Role.TARGET, grid=grid, latents=latents, fixed_frames=fixed)
 
 
-def compose_task(task: Task, parts: list[Any], ending: Any = None, history: tuple[Message, ...] = ()) -> Sample:
+def compose_task(
+    task: Task, parts: list[Any], ending: Any = None, history: tuple[Message, ...] = ()
+) -> Sample:
     encode, system = tokenizer().encode_with_offsets, system_prompt(task, {})
     return compose(parts, encode, system=system[:24], ending=ending, history=history)
 
@@ -109,7 +111,9 @@ def samples() -> dict[str, Sample]:
         "t2v": compose_task(Task.T2V, ["A blue square."], target(clip)),
         "i2v": compose_task(Task.I2V, ["It moves."], target((3, 2, 2), fixed=(0,))),
         "first_and_last": compose_task(Task.I2V, ["It moves."], target((3, 2, 2), fixed=(0, 2))),
-        "image_edit": compose_task(Task.IMAGE_EDIT, [seen(image), clean(image), "Make it red."], target(image)),
+        "image_edit": compose_task(
+            Task.IMAGE_EDIT, [seen(image), clean(image), "Make it red."], target(image)
+        ),
         "video_edit": compose_task(Task.VIDEO_EDIT, [seen(clip), clean(clip), "Make it red."], target(clip)),
         "edit_again": compose_task(Task.IMAGE_EDIT, ["Make it blue."], target(image), history=past),
         "subject": compose_task(Task.SUBJECT_IMAGE, [*two, "Both of them."], target((1, 3, 3))),

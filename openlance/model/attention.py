@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 
+from openlance.sequence.mask import Visibility, visible
+
 
 @dataclass(frozen=True, eq=False)
 class Full:
@@ -37,6 +39,23 @@ class Flex:
 
 
 Pattern = Full | CausalTail | Rows | Flex
+
+
+def flex_pattern(visibility: Visibility) -> Flex:
+    """The pattern of packed tokens for FlexAttention, from the predicate of the dense mask.
+
+    Compiled on CUDA; elsewhere both the block mask and the attention run eagerly, for comparison.
+    """
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    tokens, device = len(visibility.order), visibility.order.device
+
+    def sees(batch: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return visible(q, k, visibility)
+
+    compiled = device.type == "cuda"
+    block_mask = create_block_mask(sees, None, None, tokens, tokens, device=device, _compile=compiled)
+    return Flex(block_mask, compiled)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> Tensor:

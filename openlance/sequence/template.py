@@ -77,7 +77,7 @@ SYSTEM_PROMPTS: dict[str, str] = {
     Task.IMAGE_EDIT: _EDIT.format("image"),
     Task.VIDEO_EDIT: _EDIT.format("video"),
     Task.SUBJECT_IMAGE: _SUBJECT.format("image"),
-    Task.SUBJECT_VIDEO: _SUBJECT.format("video"),
+    Task.SUBJECT_VIDEO: _SUBJECT.format("image"),  # sic: the released sampler names the reference's kind
     Task.X2T_IMAGE: "Look at the image carefully and answer the question.",
     Task.X2T_VIDEO: "Watch the video carefully and answer the question.",
     Task.CHAT: "You are a helpful assistant.",

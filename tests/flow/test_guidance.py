@@ -29,7 +29,7 @@ def test_formulas(renorm: str, scale: float, least: float) -> None:
     if renorm == "channel":
         rows = [rescaled(row, cond, least) for row, cond in zip(rows, COND.tolist(), strict=True)]
     if renorm == "global":
-        flat = rescaled(sum(rows, []), COND.flatten().tolist(), least)
+        flat = rescaled([x for row in rows for x in row], COND.flatten().tolist(), least)
         rows = [flat[i : i + 3] for i in range(0, len(flat), 3)]
     torch.testing.assert_close(guide(COND, UNCOND, config), torch.tensor(rows))
 

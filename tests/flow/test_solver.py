@@ -19,6 +19,7 @@ def test_a_straight_path_is_exact_in_any_number_of_steps(shift: float) -> None:
 
 def test_the_error_of_a_curved_path_falls_with_the_step() -> None:
     """dx/dt = x from 1 to 0 gives x(0) = x(1) / e; Euler's error is of first order."""
+
     def error(steps: int) -> float:
         *_, end = euler(lambda state, t: state, torch.ones(1, 1), time_grid(steps, 1.0))
         return abs(float(end) - torch.e**-1)

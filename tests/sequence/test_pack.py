@@ -110,7 +110,9 @@ def test_pieces_with_given_positions_are_the_whole(name: str) -> None:
     sample = samples()[name]
     whole = pack([sample], config())
     placed = mape_positions(sample, config().mape)
-    pieces = [pack([[s]], config(), positions=[[p]], dense=False) for s, p in zip(sample, placed, strict=True)]
+    pieces = [
+        pack([[s]], config(), positions=[[p]], dense=False) for s, p in zip(sample, placed, strict=True)
+    ]
     und = torch.cat([piece.positions[:, : piece.und] for piece in pieces], dim=1)
     gen = torch.cat([piece.positions[:, piece.und :] for piece in pieces], dim=1)
     assert torch.equal(whole.positions, torch.cat([und, gen], dim=1))
