@@ -120,6 +120,27 @@ def contact_sheet(
     return sheet
 
 
+def check_writable(path: str | Path, *, clip: bool) -> None:
+    """Look, before the work is done, whether a picture or clip could be saved there; changes nothing.
+
+    Raises InputError for another suffix, or a folder that cannot be written to.
+    """
+    path = Path(path).absolute()
+    kinds: Mapping[str, object] = _CLIPS if clip else _PICTURES
+    _by_suffix(path, kinds)
+    check_folder(path)
+
+
+def check_folder(path: str | Path) -> None:
+    """Raises InputError where a file of this name could not be written (a missing folder can be made)."""
+    path = Path(path).absolute()
+    if os.path.isdir(path):
+        raise InputError(f"{path}: a folder of this name is in the way")
+    folder = next(parent for parent in path.parents if os.path.lexists(parent))
+    if not (os.path.isdir(folder) and os.access(folder, os.W_OK | os.X_OK)):
+        raise InputError(f"{path}: cannot be written: {folder} is no folder that you may write to")
+
+
 def _by_suffix(path: Path, kinds: Mapping[str, Kind]) -> Kind:
     try:
         return kinds[path.suffix.lower()]

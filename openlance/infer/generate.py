@@ -38,7 +38,7 @@ OnStep = Callable[[Step], bool | None]
 """Called after each step; returning False cancels."""
 
 
-class _Branch:
+class Branch:
     """One guidance branch: its context laid out once, and everything of a step that does not change."""
 
     def __init__(
@@ -115,12 +115,12 @@ def denoise(
 
 def _branches(
     model: Lance, sample: Sample, config: SamplingConfig, negative: Sample | None, reuse: Context | None
-) -> list[_Branch]:
+) -> list[Branch]:
     """The conditional branch and, where guidance can act, what it moves away from.
 
     They share the context that they have in common.
     """
-    cond = _Branch(model, sample, reuse=reuse)
+    cond = Branch(model, sample, reuse=reuse)
     if config.guidance == 1.0 and config.visual_guidance is None:
         return [cond]
     kept = [i for i, segment in enumerate(sample) if segment.role is not Role.USER]
@@ -129,10 +129,10 @@ def _branches(
     if config.released_cached_sampler and negative is None:
         placed = mape_positions(sample, model.config.mape)
         positions = [placed[i] for i in kept]
-    branches = [cond, _Branch(model, uncond, positions, cond.context)]
+    branches = [cond, Branch(model, uncond, positions, cond.context)]
     if config.visual_guidance is not None:
         neither = [s for s in uncond if s.role not in (Role.USER, Role.SOURCE, Role.REFERENCE)]
-        branches.append(_Branch(model, neither, reuse=cond.context))
+        branches.append(Branch(model, neither, reuse=cond.context))
     return branches
 
 

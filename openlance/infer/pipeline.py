@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from openlance.config import ModelConfig, SamplingConfig, TextConfig, to_dict
+from openlance.config import ModelConfig, SamplingConfig, Sizes, TextConfig, to_dict
 from openlance.data.media import Frames, Media, Source, Video, from_vae_pixels
 from openlance.errors import InputError
 from openlance.infer.generate import OnStep, denoise, speak
@@ -61,18 +61,21 @@ class LancePipeline:
         device: str | torch.device | None = None,
         dtype: torch.dtype | None = None,
         tasks: Sequence[Task] | None = None,
+        sizes: Mapping[str, Any] | None = None,
     ) -> LancePipeline:
         """Load a checkpoint: "nano" (bundled), a folder in the released layout, or a Hugging Face id.
 
         variant: "Lance_3B" or "Lance_3B_Video" where both are there. device: default CUDA, MPS or CPU,
         what there is. dtype: default bfloat16, on CPU float32. tasks: load only what these need.
+        sizes: fields of `Sizes`, over the checkpoint's own.
         """
-        device = torch.device(default_device() if device is None else device)
+        device = pick_device(device)
         dtype = (torch.float32 if device.type == "cpu" else torch.bfloat16) if dtype is None else dtype
         parts = frozenset().union(*(PARTS_OF[task] for task in tasks or list(Task)))
-        release = find_release(source, variant)
+        release = find_release(source, variant, parts)
         tokenizer = Tokenizer.load(release.folder)
         config = read_config(release, tokenizer)
+        config = replace(config, sizes=override(config.sizes, sizes or {}))
         vae = load_vae(release, config, device=device, dtype=dtype) if "vae" in parts else None
         model = load_model(release, config, device=device, dtype=dtype, parts=parts - {"vae"})
         return cls(model, tokenizer, vae)
@@ -127,6 +130,7 @@ class LancePipeline:
         *,
         last: Source | None = None,
         frames: int | None = None,
+        negative_prompt: str | None = None,
         seed: int | None = None,
         on_step: OnStep | None = None,
         **settings: Any,
@@ -150,7 +154,15 @@ class LancePipeline:
         stride = self.config.vae.spatial_stride
         size = (count, latents.shape[1] * stride, latents.shape[2] * stride)
         return self._generate(
-            Task.I2V, [_words(prompt)], size, seed, on_step, settings, given=latents, fixed=fixed
+            Task.I2V,
+            [_words(prompt)],
+            size,
+            seed,
+            on_step,
+            settings,
+            negative=negative_prompt,
+            given=latents,
+            fixed=fixed,
         )
 
     def edit(
@@ -159,6 +171,7 @@ class LancePipeline:
         prompt: str,
         *,
         keep_history: bool = False,
+        negative_prompt: str | None = None,
         seed: int | None = None,
         on_step: OnStep | None = None,
         **settings: Any,
@@ -182,7 +195,15 @@ class LancePipeline:
         frames = (len(seen.latents) - 1) * stride.temporal_stride + 1
         size = (frames, *(side * stride.spatial_stride for side in seen.latents.shape[1:3]))
         return self._generate(
-            task, [*parts, _words(prompt)], size, seed, on_step, settings, history=history, fps=_fps(media)
+            task,
+            [*parts, _words(prompt)],
+            size,
+            seed,
+            on_step,
+            settings,
+            negative=negative_prompt,
+            history=history,
+            fps=_fps(media),
         )
 
     def subject(
@@ -193,6 +214,7 @@ class LancePipeline:
         video: bool = False,
         size: Size | int | None = None,
         frames: int | None = None,
+        negative_prompt: str | None = None,
         seed: int | None = None,
         on_step: OnStep | None = None,
         **settings: Any,
@@ -210,7 +232,15 @@ class LancePipeline:
         default = self._video_size() if video else (self.config.sizes.image,) * 2
         height, width = target_size(size, default, self.config)
         count = self._frames(frames) if video else 1
-        return self._generate(task, [*parts, _words(prompt)], (count, height, width), seed, on_step, settings)
+        return self._generate(
+            task,
+            [*parts, _words(prompt)],
+            (count, height, width),
+            seed,
+            on_step,
+            settings,
+            negative=negative_prompt,
+        )
 
     def ask(
         self,
@@ -247,6 +277,13 @@ class LancePipeline:
         order. A system message replaces the checkpoint's.
         """
         return self._collect(self._conversation(messages), seed, settings)
+
+    def chat_stream(
+        self, messages: Sequence[Mapping[str, Any]], *, seed: int | None = None, **settings: Any
+    ) -> TextStream:
+        """Like `chat`, in pieces as they come; its `tokens` and `finish` are known at the end."""
+        config = override(TextConfig(), settings)
+        return self._stream(self._conversation(messages), new_seed() if seed is None else seed, config)
 
     # -- how it is done ------------------------------------------------------------------------------
 
@@ -297,7 +334,8 @@ class LancePipeline:
         record = {
             "task": str(task), "prompt": " ".join(words), "negative_prompt": negative, "seed": seed,
             "size": [height, width], "frames": frames, "fps": fps, "model": self.config.name,
-            "sampling": to_dict(sampling),
+            "dtype": str(self.model.dtype).removeprefix("torch."), "device": self.model.device.type,
+            "sizes": to_dict(self.config.sizes), "sampling": to_dict(sampling),
         }  # fmt: skip
         history = self._remember(task, history, parts, pixels, latents)
         return Generated(pixels, fps if task.video else None, record, seconds, history)
@@ -429,12 +467,25 @@ def default_device() -> str:
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
+def pick_device(name: str | torch.device | None) -> torch.device:
+    """The device of this name, or the best there is. Raises InputError where it is not there."""
+    try:
+        device = torch.device(default_device() if name is None else name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = (str(error).splitlines() or ["no reason given"])[0]
+        raise InputError(
+            f"device {name} cannot be used here ({reason}): choose {default_device()} or cpu"
+        ) from error
+    return device
+
+
 def new_seed() -> int:
     """A seed that nobody chose."""
     return secrets.randbelow(2**31)
 
 
-Config = TypeVar("Config", SamplingConfig, TextConfig)
+Config = TypeVar("Config", SamplingConfig, TextConfig, Sizes)
 
 
 def override(config: Config, settings: Mapping[str, Any]) -> Config:

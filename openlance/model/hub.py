@@ -23,7 +23,9 @@ from openlance.model.release import (
 BUNDLED = {"nano": Path(__file__).resolve().parents[1] / "assets" / "nano"}
 
 
-def find_release(source: str | Path, variant: str | None = None, parts: Iterable[str] = PARTS) -> Release:
+def find_release(
+    source: str | Path, variant: str | None = None, parts: Iterable[str] = PARTS, *, weights: bool = True
+) -> Release:
     """The files of a release.
 
     source: a folder in the released layout (or one variant's folder), a Hugging Face id `owner/name`, or
@@ -31,31 +33,34 @@ def find_release(source: str | Path, variant: str | None = None, parts: Iterable
     variant: its name; None takes the only one, or Lance_3B.
     parts: what the task needs of "und", "gen" (which includes the VAE) and "vision". From the hub only that
         is downloaded, to the usual cache; an interrupted download goes on where it stopped.
+    weights: False for the configuration and the tokenizer alone.
     Raises InputError saying what was looked for and what to do.
     """
     parts = frozenset(parts)
     bundled = BUNDLED.get(str(source))
     path = bundled or Path(source).expanduser()
     if path.is_dir():
-        return read_layout(path, variant)
+        return read_layout(path, variant, weights=weights)
     if bundled:
         raise InputError(f"the bundled model {source} is not in this installation ({path})")
     if path.exists():
         raise InputError(f"{path}: a file; give the folder of a release")
     if isinstance(source, str) and re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", source):
-        return _download(source, variant, parts)
+        return _download(source, variant, parts, weights)
     raise InputError(
         f"{source}: no such folder. Give the folder of a release, a Hugging Face id such as "
         f"bytedance-research/Lance, or {', '.join(BUNDLED)}"
     )
 
 
-def _download(repository: str, variant: str | None, parts: frozenset[str]) -> Release:
+def _download(repository: str, variant: str | None, parts: frozenset[str], weights: bool) -> Release:
     """Configuration first, then the chosen variant, then what its files turn out to lack."""
     vit_config = f"{VIT_FOLDER}/config.json"
     root = _fetch(repository, [f"*/{LLM_CONFIG}", vit_config, VAE_CONFIG, OWN_CONFIG])
     variant = choose_variant(root, variant)
     wanted = [f"{variant}/*.{ending}" for ending in ("json", "txt", "safetensors")]
+    if not weights:
+        return read_layout(_fetch(repository, wanted[:2]), variant, weights=False)
     safe_vae, pickled_vae = VAE_FILES
     root = _fetch(repository, wanted + [safe_vae] * ("gen" in parts))
     release = read_layout(root, variant)

@@ -63,10 +63,10 @@ class Release:
     vae: Path | None  # the VAE's weights, where there are any
 
 
-def read_layout(path: Path, variant: str | None = None) -> Release:
+def read_layout(path: Path, variant: str | None = None, *, weights: bool = True) -> Release:
     """Finds the files below a release's folder, or a variant's own folder.
 
-    variant: its name; None takes the only one, or Lance_3B.
+    variant: its name; None takes the only one, or Lance_3B. weights: whether the variant's must be there.
     Raises InputError naming the folder, what was looked for and what was found.
     """
     if (path / LLM_CONFIG).is_file():
@@ -83,7 +83,7 @@ def read_layout(path: Path, variant: str | None = None) -> Release:
         root=root,
         variant=variant,
         folder=folder,
-        weights=_weight_files(folder),
+        weights=_weight_files(folder) if weights else (),
         vit=vit if vit.is_dir() else None,
         vae=vae[0] if vae else None,
     )

@@ -1,0 +1,100 @@
+"""The command `openlance`: the only place that parses arguments.
+
+What needs torch is imported inside the commands, so that help and mistyped options answer at once.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import tyro
+from tyro.extras import SubcommandApp
+
+from openlance import __version__
+from openlance.cli import about, create, words
+from openlance.errors import InputError
+
+DESCRIPTION = """Run and train Lance: one model that understands, generates and edits images and videos.
+
+For example:
+  openlance generate "a large red circle on white" --seed 1
+  openlance edit openlance-0001.png "make the circle blue"
+  openlance ask photo.jpg "What is this?"
+  openlance demo
+
+`openlance COMMAND --help` says more about each command. The default model is nano: it is bundled, and draws
+only coloured shapes. `--model` takes a folder with the released weights, or a Hugging Face id.
+"""
+CONFIG = (
+    tyro.conf.OmitArgPrefixes,
+    tyro.conf.FlagCreatePairsOff,
+    tyro.conf.DisallowNone,
+    tyro.conf.PositionalMetavarFromFieldName,
+)
+INTERRUPTED, BROKEN_PIPE = 130, 141  # 128 + the number of the signal, as shells count
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Run one command line (default: the process's own); gives its exit code, 2 for a mistake of the user."""
+    args = sys.argv[1:] if args is None else list(args)
+    try:
+        try:
+            _run(args)
+        finally:
+            sys.stdout.flush()  # here, where a reader that has gone away can be dealt with
+    except InputError as error:
+        return _fail(str(error), 2)
+    except MemoryError as error:
+        return _fail(f"out of memory ({error}): `openlance info` says what each task needs", 1)
+    except KeyboardInterrupt:
+        return _fail("stopped", INTERRUPTED)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains while it exits
+        return BROKEN_PIPE
+    return 0
+
+
+def _run(args: Sequence[str]) -> None:
+    if args == ["--version"]:
+        print(f"openlance {__version__}")
+        return
+    brief = not args or args[0].startswith("-")
+    with _notes():
+        app(brief).cli(prog="openlance", description=DESCRIPTION, args=args, config=CONFIG)
+
+
+def app(brief: bool = False) -> SubcommandApp:
+    """All commands; those with a second word are an app of their own. brief: for a list of them all."""
+    train, evaluate, commands = SubcommandApp(), SubcommandApp(), SubcommandApp()
+    train.command(about.train_nano, name="nano")
+    evaluate.command(about.nano_bench, name="nano-bench")
+    made = (create.generate, create.video, create.animate, create.edit, create.subject)
+    for command in (*made, words.ask, words.chat, about.info, about.show, about.demo):
+        first_line = str(command.__doc__).partition("\n")[0]
+        commands.command(command, help=first_line if brief else None)
+    commands.command(train, name="train", help="Train a model.")
+    commands.command(evaluate, name="eval", help="Measure a model.")
+    return commands
+
+
+def _fail(message: str, code: int) -> int:
+    line = " ".join(part.strip() for part in message.splitlines())
+    print(f"openlance: error: {line}" if code != INTERRUPTED else f"\nopenlance: {line}", file=sys.stderr)
+    return code
+
+
+@contextmanager
+def _notes() -> Iterator[None]:
+    """What the package logs (a size that was rounded, say) goes to stderr, one line each."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("openlance: note: %(message)s"))
+    log = logging.getLogger("openlance")
+    log.addHandler(handler)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)

@@ -1,0 +1,213 @@
+"""Commands about models and outputs: what they are, what they need, how they score, how they are made."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from tyro.conf import Positional
+
+from openlance.cli.options import LoadOptions, SamplingOptions, Settings, check_seed, option
+from openlance.errors import InputError
+
+if TYPE_CHECKING:
+    from openlance.config import ModelConfig
+    from openlance.infer.memory import Need
+
+DTYPES = ("float32", "bfloat16")
+GIB = 2**30
+
+
+def info(
+    *,
+    model: Annotated[
+        str,
+        option("As for other commands; also a preset (lance_3b, nano), which needs no weights."),
+    ] = "nano",
+    variant: Annotated[str | None, option("Lance_3B or Lance_3B_Video.")] = None,
+    task: Annotated[
+        str | None, option("One task only: t2i, t2v, i2v, image_edit, x2t_image, … Default: all.")
+    ] = None,
+    dtype: Annotated[str | None, option("One dtype only. Default: float32 and bfloat16.")] = None,
+) -> None:
+    """Say a model's shapes, its parameters, and the memory that each task needs. No weights are read.
+
+    Memory is for one request at the model's default sizes: the weights of the parts that the task loads, and
+    the most that lives beside them. CUDA and its libraries take some more.
+
+    For example:
+      openlance info
+      openlance info --model lance_3b --task t2v --dtype bfloat16
+    """
+    import torch
+
+    from openlance.infer.memory import estimate
+    from openlance.sequence.template import Task, parse_task
+
+    tasks = list(Task) if task is None else [parse_task(task)]
+    dtypes = DTYPES if dtype is None else (dtype,)
+    known = (*DTYPES, "float16")
+    if dtype is not None and dtype not in known:
+        raise InputError(f"unknown dtype {dtype!r}: choose one of {', '.join(known)}")
+    config = _find_config(model, variant)
+    print("\n".join(_shapes(config)), end="\n\n", flush=True)
+    print(
+        f"{'memory in GiB':16}" + "".join(f"{name:>10} = weights + working" for name in dtypes) + "    tokens"
+    )
+    for wanted in tasks:
+        needs = [estimate(config, wanted, getattr(torch, name)) for name in dtypes]
+        print(f"{wanted:16}" + "".join(map(_cell, needs)) + f"{needs[0].tokens:10,}", flush=True)
+
+
+def show(
+    file: Annotated[Positional[Path], option("A picture or clip, or the JSON file of an answer.")],
+) -> None:
+    """Print the settings that an output was made with.
+
+    For example:
+      openlance show openlance-0001.png
+    """
+    print(json.dumps(settings_in(file), indent=1, ensure_ascii=False))
+
+
+def demo(
+    *,
+    out: Annotated[Path, option("Folder for pictures, clips, answers and the contact sheet.")] = Path(
+        "demo_output"
+    ),
+    seed: Annotated[int, option("Of everything that is drawn.")] = 1,
+    sampling: SamplingOptions,
+    load: LoadOptions,
+) -> None:
+    """Run every task that the model can do, on inputs made here, and lay it all out on one sheet.
+
+    For example:
+      openlance demo --out demo_output
+    """
+    from openlance.demo import run
+    from openlance.sequence.template import Task
+
+    check_seed(seed)
+    run(load.pipeline(Task), out, seed=seed, **sampling.settings({}))
+
+
+def train_nano(
+    *,
+    run_dir: Annotated[Path, option("What is done is kept here; the same command goes on from it.")] = Path(
+        "runs/nano"
+    ),
+    steps: Annotated[int | None, option("Of the whole backbone, on all tasks.")] = None,
+    word_steps: Annotated[int | None, option("Of the understanding expert before that.")] = None,
+    batch: Annotated[int | None, option("Samples a step.")] = None,
+    vae_minutes: Annotated[float | None, option("For the VAE.")] = None,
+    vision_minutes: Annotated[float | None, option("For the vision tower.")] = None,
+    items: Annotated[
+        tuple[int, int, int, int] | None, option("Encoded images, edits, subjects and clips.")
+    ] = None,
+    threads: Annotated[int, option("CPU threads.")] = 2,
+) -> None:
+    """Train the bundled model from nothing: tokenizer, vision tower, VAE, backbone.
+
+    Stop it at any time; the same command goes on. Defaults are the recipe's. The model comes to RUN_DIR/nano.
+
+    For example:
+      openlance train nano
+      openlance generate "a red circle" --model runs/nano/nano
+    """
+    from openlance.train.nano import NanoRecipe
+    from openlance.train.nano import train_nano as train
+
+    def stage(config: Any, count: int | None) -> Any:
+        changes = {name: value for name, value in (("steps", count), ("batch", batch)) if value is not None}
+        if any(value < 1 for value in changes.values()):
+            raise InputError("steps and batch must be at least 1")
+        return replace(config, **changes)
+
+    recipe = NanoRecipe()
+    changes: dict[str, Any] = {"vae_minutes": vae_minutes, "vision_minutes": vision_minutes, "items": items}
+    changes = {name: value for name, value in changes.items() if value is not None}
+    changes |= {"words": stage(recipe.words, word_steps), "train": stage(recipe.train, steps)}
+    print(train(run_dir, replace(recipe, **changes), threads=threads))
+
+
+def nano_bench(
+    *,
+    count: Annotated[int, option("Pictures, questions and edits of each part.")] = 100,
+    clips: Annotated[int, option("Clips of the motion part.")] = 10,
+    seed: Annotated[int, option("Of the scenes and of the noise.")] = 1,
+    out: Annotated[Path | None, option("Folder for scores.json and a contact sheet.")] = None,
+    parts: Annotated[
+        tuple[str, ...],
+        option("Of one, two, held_out, questions, edits and motion. Default: all."),
+    ] = (),
+    sampling: SamplingOptions,
+    load: LoadOptions,
+) -> None:
+    """Score what the model draws, answers and edits in the world of shapes, by an exact judge.
+
+    For example:
+      openlance eval nano-bench --count 100 --out scores
+    """
+    from openlance.eval.nano_bench import run, table
+    from openlance.sequence.template import Task
+
+    if min(count, clips) < 1:
+        raise InputError("--count and --clips must be at least 1")
+    check_seed(seed)
+    chosen: dict[str, Any] = {"parts": parts} if parts else {}
+    pipeline = load.pipeline(Task)
+    settings = sampling.settings({})
+    print(table(run(pipeline, count=count, clips=clips, seed=seed, out=out, **chosen, **settings)))
+
+
+def settings_in(file: Path) -> Settings:
+    """The settings of an output, from the file itself. Raises InputError where it holds none."""
+    from openlance.data.save import read_settings
+    from openlance.model.release import read_json
+
+    if file.suffix.lower() != ".json":
+        return read_settings(file)
+    found = read_json(file).get("openlance")
+    if not isinstance(found, dict):
+        raise InputError(f"{file}: holds no settings of openlance")
+    return found
+
+
+def _find_config(model: str, variant: str | None) -> ModelConfig:
+    """The configuration of a checkpoint, or else of a preset of this name."""
+    from openlance.config import PRESETS, preset
+    from openlance.model.checkpoint import find_release, read_config
+    from openlance.model.hub import BUNDLED
+
+    bundled = BUNDLED.get(model)
+    if model in PRESETS and not (bundled and bundled.is_dir()):
+        return preset(model)
+    return read_config(find_release(model, variant, weights=False))
+
+
+def _shapes(config: ModelConfig) -> list[str]:
+    from openlance.model.checkpoint import count_parameters
+
+    body, eye, vae, sizes = config.backbone, config.vision, config.vae, config.sizes
+    counts = count_parameters(config)
+    described = {
+        "und": f"{body.layers} layers, hidden {body.hidden}, {body.heads} heads over {body.kv_heads}, "
+        f"mlp {body.mlp}, vocabulary {body.vocab}",
+        "gen": "as und: the second expert of every layer, latents in and out",
+        "vision": f"{eye.depth} layers, hidden {eye.hidden}, patch {eye.patch}",
+        "vae": f"{vae.channels} channels, space {vae.spatial_stride}x smaller, time {vae.temporal_stride}x",
+    }
+    lines = [config.name, *(f"{part:8}{counts[part]:15,}  {text}" for part, text in described.items())]
+    side = config.max_latent_side * vae.spatial_stride
+    return [
+        *lines,
+        f"{'all':8}{sum(counts.values()):15,}",
+        f"pictures {sizes.image}², clips {sizes.video}² and {sizes.frames} frames at {sizes.fps:g} a second; "
+        f"at most {side}x{side} and {config.max_frames} frames",
+    ]
+
+
+def _cell(need: Need) -> str:
+    return f"{need.total / GIB:10.2f} = {need.weights / GIB:7.2f} + {need.working / GIB:7.2f}"

@@ -1,0 +1,190 @@
+"""Commands that make pictures and clips."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from tyro.conf import Positional
+
+from openlance.cli.options import (
+    LoadOptions,
+    OutputOptions,
+    SamplingOptions,
+    Settings,
+    check_media,
+    check_prompt,
+    option,
+    parse_size,
+    progress,
+)
+from openlance.errors import InputError
+
+if TYPE_CHECKING:
+    from openlance.infer.pipeline import LancePipeline
+    from openlance.infer.result import Generated
+
+Prompt = Annotated[Positional[str | None], option("What you want, in words; --like can bring it.")]
+Size = Annotated[
+    str | None,
+    option("Height x width in pixels, or one number. Default: the checkpoint's.", "HxW|N"),
+]
+Frames = Annotated[int | None, option("Length of the clip, 4 k + 1. Default: the checkpoint's.")]
+
+
+def generate(
+    prompt: Prompt = None,
+    *,
+    size: Size = None,
+    output: OutputOptions,
+    sampling: SamplingOptions,
+    load: LoadOptions,
+) -> None:
+    """Draw a picture from words.
+
+    For example:
+      openlance generate "a large red circle on white"
+      openlance generate "a star at the top left" --seed 7 --count 4 --out stars.png
+      openlance generate --like openlance-0001.png --guidance 6
+    """
+    request = Request(("t2i",), prompt, output, sampling, load)
+    request.run(lambda pipeline: pipeline.generate_image, clip=False, size=parse_size(size))
+
+
+def video(
+    prompt: Prompt = None,
+    *,
+    size: Size = None,
+    frames: Frames = None,
+    output: OutputOptions,
+    sampling: SamplingOptions,
+    load: LoadOptions,
+) -> None:
+    """Film a clip from words.
+
+    For example:
+      openlance video "a small blue square at the left moving right on black"
+      openlance video "a car on a coast road" --model ./Lance --size 480x832 --frames 49 --out car.mp4
+    """
+    request = Request(("t2v",), prompt, output, sampling, load)
+    request.run(lambda pipeline: pipeline.generate_video, clip=True, size=parse_size(size), frames=frames)
+
+
+def animate(
+    image: Annotated[Positional[Path], option("The first frame.")],
+    prompt: Prompt = None,
+    *,
+    last: Annotated[Path | None, option("The last frame, of the same shape.")] = None,
+    frames: Frames = None,
+    output: OutputOptions,
+    sampling: SamplingOptions,
+    load: LoadOptions,
+) -> None:
+    """Make a clip that starts with a picture (and ends with another, where one is given).
+
+    For example:
+      openlance animate circle.png "a red circle moving right"
+      openlance animate first.png "the circle grows" --last last.png --out grow.gif
+    """
+    request = Request(("i2v",), prompt, output, sampling, load)
+    ends = [image] if last is None else [image, last]
+    check_media(*ends)
+    request.run(lambda pipeline: pipeline.animate, clip=True, image=image, last=last, frames=frames)
+
+
+def edit(
+    media: Annotated[Positional[Path], option("The picture or clip to change.")],
+    prompt: Prompt = None,
+    *,
+    output: OutputOptions,
+    sampling: SamplingOptions,
+    load: LoadOptions,
+) -> None:
+    """Change a picture or clip as words say.
+
+    For example:
+      openlance edit circle.png "make the circle blue"
+      openlance edit clip.mp4 "change the background to black" --seed 3
+    """
+    request = Request(("image_edit", "video_edit"), prompt, output, sampling, load)
+    clip = hasattr(check_media(media)[0], "fps")
+    request.run(lambda pipeline: pipeline.edit, clip=clip, source=media)
+
+
+def subject(
+    media: Annotated[Positional[tuple[Path, ...]], option("One or several pictures of it.")],
+    *,
+    prompt: Annotated[str | None, option("What you want, in words; --like can bring it.")] = None,
+    video: Annotated[bool, option("Film a clip instead of drawing a picture.")] = False,
+    size: Size = None,
+    frames: Frames = None,
+    output: OutputOptions,
+    sampling: SamplingOptions,
+    load: LoadOptions,
+) -> None:
+    """Draw what some pictures show again, as words say.
+
+    For example:
+      openlance subject ring.png --prompt "the ring at the top left on black"
+      openlance subject cat.jpg hat.jpg --prompt "the cat wears the hat" --model ./Lance --video
+    """
+    task = "subject_video" if video else "subject_image"
+    request = Request((task,), prompt, output, sampling, load)
+    if not media:
+        raise InputError("subject needs at least one reference picture")
+    check_media(*media)
+    own = {"references": list(media), "video": video, "size": parse_size(size)}
+    if video:
+        own["frames"] = frames
+    request.run(lambda pipeline: pipeline.subject, clip=video, **own)
+
+
+class Request:
+    """One of these commands: its options, with those of `--like` under them."""
+
+    def __init__(
+        self,
+        tasks: tuple[str, ...],
+        prompt: str | None,
+        output: OutputOptions,
+        sampling: SamplingOptions,
+        load: LoadOptions,
+    ):
+        self.tasks, self.output, self.load = tasks, output, load
+        self.like = _read_like(output.like, tasks)
+        self.prompt = check_prompt(self.like.get("prompt") if prompt is None else prompt)
+        self.settings = sampling.settings(self.like)
+
+    def run(
+        self, method: Callable[[LancePipeline], Callable[..., Generated]], *, clip: bool, **own: Any
+    ) -> None:
+        """Call a method of the pipeline once for each seed; save and report what it gives.
+
+        own: the method's own arguments; size and frames that are None come from `--like`.
+        """
+        paths, seeds = self.output.paths(clip=clip), self.output.seeds(self.like)
+        negative = self.output.negative
+        own["negative_prompt"] = self.like.get("negative_prompt") if negative is None else negative
+        if own.get("size", ...) is None and "size" in self.like:
+            own["size"] = tuple(self.like["size"])
+        if own.get("frames", ...) is None:
+            own["frames"] = self.like.get("frames")
+        call = method(self.load.pipeline(self.tasks, self.like))
+        for seed, path in zip(seeds, paths, strict=True):
+            with progress(self.load.quiet) as on_step:
+                made = call(prompt=self.prompt, seed=seed, on_step=on_step, **own, **self.settings)
+            made.save(path)
+            print(f"{path}  seed {seed}  {sum(made.seconds.values()):.1f} s", flush=True)
+
+
+def _read_like(path: Path | None, tasks: tuple[str, ...]) -> Settings:
+    """The settings of an earlier output; it must be of one of these tasks."""
+    from openlance.cli.about import settings_in
+
+    if path is None:
+        return {}
+    found = settings_in(path)
+    if found.get("task") not in tasks:
+        raise InputError(f"{path}: this was made by the task {found.get('task')}, not {' or '.join(tasks)}")
+    return found
