@@ -1,0 +1,286 @@
+"""Train nano's VAE on pictures of the world, then on clips, on one CPU core, in minutes.
+
+A loss weighted towards the shapes, hardly any KL, crops around the shapes, and Muon: together they learn in
+minutes what a plain L1 loss does not learn at all.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers.models.autoencoders import autoencoder_kl_wan as wan
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.nn import functional as F
+
+from openlance.config import VAEConfig, nano
+from openlance.model.vae import PIXEL_PATCH, VAE
+from openlance.train.muon import Muon, split_parameters
+from openlance.train.timed import TimedRun, set_rate
+from openlance.world import MOTIONS, TEXTURES, WORDS, Scene, WorldConfig, render, render_clip, sample_scene
+
+SIDE = nano().sizes.image  # pixels of a whole picture
+CROP = 48  # pixels of a crop around a shape
+FOREGROUND = 4.0  # how much more a pixel of a shape weighs than one of the ground
+KL = 1e-5
+RATE_MATRICES, RATE_REST = 0.02, 2e-3
+
+# (pixels, noise of the posterior) -> (decoded pixels, mean, log-variance of the latents)
+Pass = Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
+Optimizers = tuple[Muon, torch.optim.AdamW]
+
+PLAIN = WorldConfig(max_things=3)
+# What nano is to draw comes first; the rest has its share so that the VAE does not fail on it.
+DIET = (
+    (0.92, PLAIN),
+    (0.06, dataclasses.replace(PLAIN, textures=TEXTURES[1:])),
+    (0.02, dataclasses.replace(PLAIN, max_things=2, words=WORDS, text_share=1.0)),
+)
+MOVING = dataclasses.replace(PLAIN, motions=MOTIONS)
+SHOWN = {  # what the final table of PSNR is measured on
+    "one": dataclasses.replace(PLAIN, max_things=1),
+    "two": dataclasses.replace(PLAIN, count_weights=(0.0, 1.0, 0.0, 0.0)),
+    "textured": DIET[1][1],
+    "words": DIET[2][1],
+}
+
+
+def train_vae(
+    run_dir: Path,
+    minutes: float,
+    seed: int = 0,
+    threads: int = 1,
+    config: VAEConfig | None = None,
+    compiled: bool = True,
+) -> dict:
+    """Train on pictures for `minutes` in all, going on from `run_dir/vae.pt` where it is.
+
+    Writes `vae.safetensors` (names of `VAE.state_dict()`) and `vae.json` (configuration with the measured
+    mean and std, PSNR in dB), and returns what `vae.json` holds. `compiled` doubles the speed after some
+    minutes of compiling, which do not count and which later runs find in torch's cache.
+    """
+    torch.set_num_threads(threads)
+    torch.manual_seed(seed)
+    run_dir = Path(run_dir)
+    vae = VAE(config or nano().vae)
+    start_from_pictures(vae)
+    plain = plain_pass(vae)
+    crops = compiled_picture_pass(vae) if compiled else plain
+    optimizers = _optimizers(*split_parameters(vae))
+    parts = {"vae": vae, "muon": optimizers[0], "adamw": optimizers[1]}
+    run = TimedRun(run_dir / "vae.pt", minutes, parts, np.random.default_rng(seed))
+    for progress in run.progress():
+        whole = progress > 0.85 and run.step % 4 == 0
+        pixels, weight = batch(run.rng, 1, 8 if whole else 16, SIDE if whole else CROP)
+        update(plain if whole else crops, pixels, weight, optimizers, run, progress)
+    config = dataclasses.replace(vae.config, **statistics(vae))
+    return finish(vae, config, run_dir, run)
+
+
+def train_clips(run_dir: Path, minutes: float, seed: int = 0, threads: int = 1) -> dict:
+    """Teach a VAE that knows pictures motion, for `minutes` in all, going on from `run_dir/clips.pt`.
+
+    Only what pictures do not use is trained: whatever was computed from pictures before stays valid, bit for
+    bit. Reads and rewrites `vae.safetensors` and `vae.json` in `run_dir`; the mean and std stay.
+    """
+    torch.set_num_threads(threads)
+    torch.manual_seed(seed)
+    run_dir = Path(run_dir)
+    found = json.loads((run_dir / "vae.json").read_text())["config"]
+    vae = VAE(VAEConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in found.items()}))
+    vae.load_state_dict(load_file(run_dir / "vae.safetensors"))
+    start_from_pictures(vae)
+    optimizers = _optimizers(*hold_pictures(vae))
+    parts = {"vae": vae, "muon": optimizers[0], "adamw": optimizers[1]}
+    run = TimedRun(run_dir / "clips.pt", minutes, parts, np.random.default_rng(seed))
+    plain = plain_pass(vae)
+    for progress in run.progress():
+        pixels, weight = batch(run.rng, *((9, 1) if run.step % 3 == 0 else (5, 2)), CROP)
+        update(plain, pixels, weight, optimizers, run, progress)
+    return finish(vae, vae.config, run_dir, run)
+
+
+def update(
+    run_pass: Pass, pixels: Tensor, weight: Tensor, optimizers: Optimizers, run: TimedRun, progress: float
+) -> None:
+    """One step of both optimisers on a batch."""
+    loss, error = losses(run_pass, pixels, weight)
+    loss.backward()
+    for optimizer, rate in zip(optimizers, (RATE_MATRICES, RATE_REST), strict=True):
+        set_rate(optimizer, rate, progress)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    run.report(loss=loss.item(), psnr=_decibels(error))
+
+
+def _optimizers(matrices: list[Tensor], rest: list[Tensor]) -> Optimizers:
+    return Muon(matrices, lr=RATE_MATRICES), torch.optim.AdamW(rest, lr=RATE_REST, weight_decay=0.0)
+
+
+def losses(run: Pass, pixels: Tensor, weight: Tensor) -> tuple[Tensor, float]:
+    """(loss, mean squared error) of pixels [B, 3, T, H, W] in [-1, 1] with weights [B, 1, T, H, W]."""
+    batch, _, frames, height, width = pixels.shape
+    noise = torch.randn(batch, 48, (frames - 1) // 4 + 1, height // 16, width // 16)
+    decoded, mean, logvar = run(pixels, noise)
+    difference = decoded - pixels
+    squared = difference.square()
+    kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
+    loss = (weight * (difference.abs() + squared)).mean() / weight.mean() + KL * kl
+    return loss, squared.mean().item()
+
+
+def batch(rng: np.random.Generator, frames: int, count: int, side: int) -> tuple[Tensor, Tensor]:
+    """`count` pictures or clips of the world, and their weights, as in `losses`."""
+    drawn = [draw(rng, frames, side) for _ in range(count)]
+    pixels = torch.stack([_pixels(picture) for picture, _ in drawn])
+    shapes = torch.stack([torch.from_numpy(mask) for _, mask in drawn]).float()
+    near = F.max_pool2d(shapes, 5, stride=1, padding=2)
+    return pixels, 1 + FOREGROUND * near[:, None]
+
+
+def draw(rng: np.random.Generator, frames: int, side: int) -> tuple[np.ndarray, np.ndarray]:
+    """A picture or clip uint8 [T, side, side, 3], cropped around a shape, and where its shapes are."""
+    config = MOVING if frames > 1 else DIET[rng.choice(len(DIET), p=[share for share, _ in DIET])][1]
+    scene = sample_scene(rng, config)
+    clip = render_clip(scene, frames, SIDE)
+    ground = render(Scene(scene.ground, scene.texture), SIDE).astype(np.int16)
+    shapes = (np.abs(clip - ground) > 8).any(axis=-1)
+    if side == SIDE:
+        return clip, shapes
+    spots = np.argwhere(shapes.any(axis=0))
+    middle = spots[rng.integers(len(spots))] if len(spots) else np.array([SIDE // 2, SIDE // 2])
+    top, left = np.clip(middle - side // 2 + rng.integers(-16, 17, size=2), 0, SIDE - side)
+    area = (slice(None), slice(top, top + side), slice(left, left + side))
+    return clip[area], shapes[area]
+
+
+def start_from_pictures(vae: VAE) -> None:
+    """Begin with a network that treats a clip frame by frame.
+
+    Pictures train the last time slice of each convolution only. The slices for earlier frames start at
+    zero, and the convolutions that halve or double time start as copies, so that clips profit from pictures.
+    """
+    with torch.no_grad():
+        for name, module in vae.named_modules():
+            if isinstance(module, wan.WanCausalConv3d) and module.kernel_size[0] > 1:
+                module.weight[:, :, :-1] = 0
+                if name.endswith("time_conv"):
+                    module.bias.zero_()
+                    eye = torch.eye(module.in_channels).repeat(module.out_channels // module.in_channels, 1)
+                    module.weight[:, :, -1] = eye[:, :, None, None]
+
+
+def hold_pictures(vae: VAE) -> tuple[list[Tensor], list[Tensor]]:
+    """Freeze all that one picture uses; returns (weights, biases) of the rest.
+
+    That is: the earlier time slices of every causal convolution, and the convolutions that halve or double
+    time.
+    """
+    vae.requires_grad_(False)
+    weights, biases = [], []
+    for name, module in vae.named_modules():
+        if isinstance(module, wan.WanCausalConv3d) and module.kernel_size[0] > 1:
+            weights.append(module.weight.requires_grad_(True))
+            if name.endswith("time_conv"):
+                biases.append(module.bias.requires_grad_(True))
+            else:
+                module.weight.register_hook(_without_last_slice)
+    return weights, biases
+
+
+def _without_last_slice(gradient: Tensor) -> Tensor:
+    gradient = gradient.clone()
+    gradient[:, :, -1] = 0
+    return gradient
+
+
+def picture_pass(vae: VAE) -> Pass:
+    """The pass of pictures without the bookkeeping that clips need."""
+
+    def run(pixels: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        frames = wan.patchify(pixels, PIXEL_PATCH)
+        mean, logvar = vae.net.quant_conv(vae.net.encoder(frames)).chunk(2, dim=1)
+        latents = vae.net.post_quant_conv(mean + noise * torch.exp(0.5 * logvar))
+        return wan.unpatchify(vae.net.decoder(latents, first_chunk=True), PIXEL_PATCH), mean, logvar
+
+    return run
+
+
+def compiled_picture_pass(vae: VAE) -> Pass:
+    """`picture_pass` compiled for batches of 16 crops, forwards and backwards."""
+    run = torch.compile(picture_pass(vae), dynamic=False)
+    decoded, mean, logvar = run(
+        torch.zeros(16, 3, 1, CROP, CROP), torch.zeros(16, 48, 1, CROP // 16, CROP // 16)
+    )
+    (decoded.mean() + mean.mean() + logvar.mean()).backward()
+    vae.zero_grad(set_to_none=True)
+    return run
+
+
+def plain_pass(vae: VAE) -> Pass:
+    """The pass of pictures and clips of any size."""
+
+    def run(pixels: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        mean, logvar = vae.posterior(pixels)
+        return vae.reconstruct(mean + noise * torch.exp(0.5 * logvar)), mean, logvar
+
+    return run
+
+
+@torch.no_grad()
+def statistics(vae: VAE) -> dict[str, tuple[float, ...]]:
+    """`mean` and `std` of the latents of pictures, one number each for all channels (better than many)."""
+    rng = np.random.default_rng(10**6)
+    latents = vae.posterior(batch(rng, 1, 64, SIDE)[0])[0]
+    channels = vae.config.channels
+    return {
+        "mean": (round(latents.mean().item(), 5),) * channels,
+        "std": (round(latents.std().item(), 5),) * channels,
+    }
+
+
+@torch.no_grad()
+def finish(vae: VAE, config: VAEConfig, run_dir: Path, run: TimedRun) -> dict:
+    """Measure reconstruction, and write weights, configuration and measurements."""
+    psnr = {name: _psnr(vae, world, 1, 48) for name, world in SHOWN.items()}
+    psnr["two, latents with noise of 0.1 std"] = _psnr(vae, SHOWN["two"], 1, 48, noise=0.1 * config.std[0])
+    psnr["clip"] = _psnr(vae, MOVING, 9, 6)
+    state = {name: value.contiguous() for name, value in vae.state_dict().items()}
+    save_file(state, run_dir / "vae.safetensors")
+    result = {
+        "config": dataclasses.asdict(config),
+        "parameters": sum(p.numel() for p in vae.parameters()),
+        "psnr": {name: round(value, 2) for name, value in psnr.items()},
+        "steps": run.step,
+        "minutes": round(run.seconds / 60, 1),
+    }
+    (run_dir / "vae.json").write_text(json.dumps(result, indent=1))
+    return json.loads((run_dir / "vae.json").read_text())
+
+
+def _psnr(vae: VAE, world: WorldConfig, frames: int, count: int, noise: float = 0.0) -> float:
+    """PSNR in dB of `count` reconstructions of scenes drawn afresh, with noise of that std on the latents."""
+    rng, generator = np.random.default_rng(10**7), torch.Generator().manual_seed(0)
+    errors = []
+    for _ in range(count):
+        pixels = _pixels(render_clip(sample_scene(rng, world), frames, SIDE))[None]
+        latents = vae.posterior(pixels)[0]
+        latents = latents + noise * torch.randn(latents.shape, generator=generator)
+        decoded = vae.reconstruct(latents).clamp(-1, 1)
+        errors.append((decoded - pixels).square().mean().item())
+    return _decibels(sum(errors) / count)
+
+
+def _decibels(squared_error: float) -> float:
+    return -10 * math.log10(squared_error / 4)  # pixels span 2
+
+
+def _pixels(clip: np.ndarray) -> Tensor:
+    """uint8 [T, H, W, 3] -> float32 [3, T, H, W] in [-1, 1]."""
+    return torch.from_numpy(np.ascontiguousarray(clip)).permute(3, 0, 1, 2).float() / 127.5 - 1
