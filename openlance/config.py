@@ -230,7 +230,7 @@ def nano() -> ModelConfig:
             base.vision,
             depth=4, hidden=128, heads=4, mlp=352, out_hidden=256, window=112, full_attention_layers=(1, 3),
         ),
-        vae=replace(base.vae, base=16, decoder_base=24, residual_blocks=1, mean=(0.0,) * 48, std=(1.0,) * 48),
+        vae=replace(base.vae, base=16, decoder_base=16, residual_blocks=1, mean=(0.0,) * 48, std=(1.0,) * 48),
         mape=replace(base.mape, shift_understanding=True),
         sizes=Sizes(
             image=96, video=96, vit_image=112, vit_video=112, frames=9, fps=8.0, max_seconds=2.0

@@ -25,8 +25,8 @@ from openlance.model.vision import Vision
 from openlance.sequence.template import Task
 from openlance.tokenizer import Tokenizer, train_tokenizer
 from openlance.train.loop import Samples, train
-from openlance.train.nano_data import KINDS, EncodedWorld, encode_features, encode_latents
-from openlance.train.nano_vae import train_vae
+from openlance.train.nano_data import CLIP, KINDS, EncodedWorld, encode_features, encode_latents, stored
+from openlance.train.nano_vae import train_clips, train_vae
 from openlance.train.nano_vision import train_vision
 from openlance.world import vocabulary_texts
 
@@ -66,7 +66,8 @@ MIXTURE = {
 class NanoRecipe:
     """How long each part takes: minutes of the VAE and ViT, encoded items a kind, steps of the backbone."""
 
-    vae_minutes: float = 16.0
+    vae_minutes: float = 20.0
+    clip_minutes: float = 6.0
     vision_minutes: float = 9.0
     items: tuple[int, ...] = (40_000, 8_000, 2_000, 1_500)  # images, edits, subjects, clips
     words: TrainConfig = field(default_factory=lambda: TrainConfig(steps=1_000, decay=0.0))
@@ -87,6 +88,8 @@ def train_nano(
     model = train_words(run_dir, recipe, tokenizer, threads)
     if not (run_dir / "vae.safetensors").exists():
         train_vae(run_dir, recipe.vae_minutes, threads=threads)
+    if not stored(run_dir, CLIP, "latents").exists():
+        train_clips(run_dir, recipe.clip_minutes, threads=threads)
     config = nano_config(run_dir, tokenizer)
     vae = _frozen(VAE(config.vae), run_dir / "vae.safetensors")
     for kind, count in zip(KINDS, recipe.items, strict=True):

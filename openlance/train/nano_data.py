@@ -68,11 +68,12 @@ def _clip(rng: np.random.Generator) -> tuple[list[Scene], str]:
     return [before, change.after], change.instruction
 
 
+CLIP = Kind("clip", 9, 2, _clip)
 KINDS = (
     Kind("image", 1, 1, _image),
     Kind("edit", 1, 2, _edit),
     Kind("subject", 1, 2, _subject),
-    Kind("clip", 9, 2, _clip),
+    CLIP,
 )
 
 
