@@ -1,6 +1,7 @@
 """A world of coloured shapes: scenes, their pictures, sentences, questions and edits, and a judge."""
 
-from openlance.world.language import Claims, TextClaim, ThingClaim, caption, describe
+from openlance.world.judge import Kept, Seen, SeenText, SeenThing, Verdict, Watched, check, kept, look, watch
+from openlance.world.language import Claims, TextClaim, ThingClaim, caption, claims_of, describe
 from openlance.world.render import render, render_clip
 from openlance.world.scene import (
     COLORS,
@@ -37,20 +38,31 @@ __all__ = [
     "WORDS",
     "Claims",
     "Edit",
+    "Kept",
     "Scene",
+    "Seen",
+    "SeenText",
+    "SeenThing",
     "Text",
     "TextClaim",
     "Thing",
     "ThingClaim",
+    "Verdict",
+    "Watched",
     "WorldConfig",
     "caption",
     "cell_labels",
+    "check",
+    "claims_of",
     "describe",
     "edit",
     "is_held_out",
+    "kept",
+    "look",
     "question",
     "render",
     "render_clip",
     "sample_scene",
     "vocabulary_texts",
+    "watch",
 ]

@@ -55,6 +55,16 @@ class Claims:
     text: TextClaim | None = None
 
 
+def claims_of(scene: Scene, *, clip: bool = False) -> Claims:
+    """Everything there is to say of a scene; the motions, stillness too, only where it is a clip."""
+    things = tuple(
+        ThingClaim(t.shape, t.color, t.size, t.place, t.motion if clip else None) for t in scene.things
+    )
+    text = TextClaim(scene.text.word, scene.text.color, scene.text.place) if scene.text else None
+    related = relation(*scene.things) if len(scene.things) == 2 else None
+    return Claims(things, len(things), related, scene.ground, scene.texture, text)
+
+
 def chance(rng: Rng, share: float) -> bool:
     """Whether to say an optional part; always in the canonical wording."""
     return rng is None or bool(rng.random() < share)

@@ -76,7 +76,7 @@ def cell(place: str) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class Thing:
-    """One shape. Place and size are those of the first frame; offset (dx, dy) is a fraction of the picture."""
+    """One shape. Place and size are those of the first frame; offset (dx, dy) in fractions of the picture."""
 
     shape: str
     color: str
@@ -104,7 +104,10 @@ class Thing:
 
 @dataclass(frozen=True)
 class Text:
-    """A word in capitals across the middle of the top, center or bottom row; it takes the whole row."""
+    """A word in capitals across the middle of the top, center or bottom row; it takes the whole row.
+
+    One to five letters A to Z; D or O alone would look like a ring.
+    """
 
     word: str
     color: str
@@ -114,8 +117,11 @@ class Text:
         known("color", self.color, COLORS)
         known("place of a text", self.place, TEXT_PLACES)
         letters = self.word.isascii() and self.word.isalpha() and self.word.isupper()
-        if not (letters and len(self.word) <= 5):
-            raise InputError(f"cannot write {self.word!r}: a word has one to five letters A to Z in capitals")
+        if not (letters and len(self.word) <= 5) or self.word in ("D", "O"):
+            raise InputError(
+                f"cannot write {self.word!r}: a word has one to five letters A to Z in capitals, "
+                "and is neither D nor O alone, which look like a ring"
+            )
 
     @property
     def cells(self) -> frozenset[tuple[int, int]]:
@@ -230,7 +236,7 @@ def sample_scene(
 
 
 def cell_labels(scene: Scene) -> np.ndarray:
-    """int64 [9, 3]: per place, the shape, color and size of its thing, counted from 1; 0 where none stands."""
+    """int64 [9, 3]: per place, shape, color and size of its thing, counted from 1; 0 for nothing."""
     labels = np.zeros((len(PLACES), 3), dtype=np.int64)
     for thing in scene.things:
         labels[PLACES.index(thing.place)] = (

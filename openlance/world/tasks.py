@@ -285,11 +285,12 @@ def edit(scene: Scene, rng: Rng, kinds: Sequence[str] = EDIT_KINDS) -> Edit:
 def vocabulary_texts() -> list[str]:
     """Captions, questions, answers and instructions with every word of the world, to train a tokenizer on."""
     rng = np.random.default_rng(0)
-    config = WorldConfig(max_things=4, textures=TEXTURES, words=WORDS, motions=MOTIONS)
+    moving = WorldConfig(max_things=3, textures=TEXTURES, words=WORDS, motions=MOTIONS)
     texts = [" ".join(words) for words in (SHAPES, COLORS, GROUNDS, PLACES, SIZES, NUMBERS)]
     texts += [word.lower() for word in WORDS]
-    for _ in range(1000):
-        scene = sample_scene(rng, config)
-        asked = question(scene, rng)
-        texts += [caption(scene, rng), asked.question, asked.answer, edit(scene, rng).instruction]
+    for config in (WorldConfig(), moving):
+        for _ in range(400):
+            scene = sample_scene(rng, config)
+            asked = question(scene, rng)
+            texts += [caption(scene, rng), asked.question, asked.answer, edit(scene, rng).instruction]
     return texts
