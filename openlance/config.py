@@ -123,6 +123,8 @@ class SamplingConfig:
     guidance_interval: guidance acts while low < t <= high, on shifted times.
     renorm: "global", "channel" or "none"; renorm_min: its smallest factor.
     visual_guidance: second scale, for the visual condition of edits and subjects; None is off.
+    sample_posterior: draw the latents of conditions from the VAE's posterior, as the released code does,
+        instead of taking its mean.
     released_cached_sampler: do as the released cached sampler does, for comparison only: the
         unconditional context keeps the conditional one's positions (which training never saw), and
         global renormalisation counts the fixed frames of image-to-video.
@@ -135,6 +137,7 @@ class SamplingConfig:
     renorm: str = "global"
     renorm_min: float = 0.0
     visual_guidance: float | None = None
+    sample_posterior: bool = False
     released_cached_sampler: bool = False
 
     def __post_init__(self) -> None:

@@ -6,24 +6,30 @@ import secrets
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypedDict, TypeVar
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
 from openlance.config import ModelConfig, SamplingConfig, Sizes, TextConfig, to_dict
 from openlance.data.media import Frames, Media, Source, Video, from_vae_pixels
+from openlance.data.tasks import View
 from openlance.errors import InputError
+from openlance.infer.device import pick_device
 from openlance.infer.generate import OnStep, denoise, speak
-from openlance.infer.prepare import Resolutions, Size, load, target_frames, target_size, view
+from openlance.infer.messages import media_of, read
+from openlance.infer.messages import prompt as checked
+from openlance.infer.messages import question as asked
+from openlance.infer.prepare import Resolutions, Size, target_frames, target_size, view
 from openlance.infer.result import Answer, Generated
 from openlance.infer.stream import TextStream
 from openlance.model.checkpoint import find_release, load_model, load_vae, read_config
 from openlance.model.lance import Lance
 from openlance.model.vae import VAE
-from openlance.sequence.segment import Kind, Role, Segment
+from openlance.sequence.segment import Kind, Role, Sample, Segment
 from openlance.sequence.template import Message, Task, build, compose, system_prompt
 from openlance.tokenizer import Tokenizer
 
@@ -39,12 +45,62 @@ PARTS_OF: dict[Task, frozenset[str]] = {
 """Which parts of a checkpoint each task needs; the others need not be loaded."""
 
 
+class Options(TypedDict, total=False):
+    """What every generating call takes by name; settings that are not given are the checkpoint's own.
+
+    seed: drawn and reported where not given. negative_prompt: what guidance moves away from. on_step: called
+    after each step, see `openlance.infer.generate.OnStep`. The rest: see `SamplingConfig`.
+    """
+
+    seed: int | None
+    negative_prompt: str | None
+    on_step: OnStep | None
+    steps: int
+    shift: float
+    guidance: float
+    guidance_interval: tuple[float, float]
+    renorm: str
+    renorm_min: float
+    visual_guidance: float | None
+    sample_posterior: bool
+    released_cached_sampler: bool
+
+
+class TextOptions(TypedDict, total=False):
+    """What every answering call takes by name: `seed`, and the fields of `TextConfig`."""
+
+    seed: int | None
+    max_tokens: int
+    temperature: float
+    top_p: float
+    top_k: int
+    repetition_penalty: float
+    stop: tuple[str, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class _Order:
+    """What is to be generated.
+
+    parts: the user's turn. size: (frames, height, width). given: latents of which the `fixed` frames are
+    kept. history: earlier turns.
+    """
+
+    task: Task
+    parts: Sequence[str | Segment]
+    size: tuple[int, int, int]
+    given: Tensor | None = None
+    fixed: tuple[int, ...] = ()
+    history: tuple[Message, ...] = ()
+    fps: float | None = None
+
+
 class LancePipeline:
     """A checkpoint ready for use.
 
-    Every method takes `seed` (drawn and reported where not given: the same request with the same seed gives
-    the same output) and settings of `SamplingConfig` or `TextConfig` by name, over the checkpoint's own.
-    Sizes are (height, width) in pixels. All raise InputError for what cannot be used.
+    Generating calls take `Options` by name and answering calls `TextOptions`; the same request with the same
+    seed gives the same output. Sizes are (height, width) in pixels. Media are whatever `load_media` of
+    `openlance.data.media` reads, and earlier results. All raise InputError for what cannot be used.
     """
 
     def __init__(self, model: Lance, tokenizer: Tokenizer, vae: VAE | None = None):
@@ -85,20 +141,11 @@ class LancePipeline:
         return self.model.config
 
     def generate_image(
-        self,
-        prompt: str,
-        *,
-        size: Size | int | None = None,
-        negative_prompt: str | None = None,
-        seed: int | None = None,
-        on_step: OnStep | None = None,
-        **settings: Any,
+        self, prompt: str, *, size: Size | int | None = None, **options: Unpack[Options]
     ) -> Generated:
         """Text to image."""
-        height, width = target_size(size, (self.config.sizes.image,) * 2, self.config)
-        return self._generate(
-            Task.T2I, [_words(prompt)], (1, height, width), seed, on_step, settings, negative=negative_prompt
-        )
+        order = _Order(Task.T2I, [checked(prompt)], (1, *self._size(size, video=False)))
+        return self._generate(order, options)
 
     def generate_video(
         self,
@@ -106,64 +153,41 @@ class LancePipeline:
         *,
         size: Size | int | None = None,
         frames: int | None = None,
-        negative_prompt: str | None = None,
-        seed: int | None = None,
-        on_step: OnStep | None = None,
-        **settings: Any,
+        **options: Unpack[Options],
     ) -> Generated:
         """Text to video; `frames` at the checkpoint's frame rate."""
-        height, width = target_size(size, self._video_size(), self.config)
-        return self._generate(
-            Task.T2V,
-            [_words(prompt)],
-            (self._frames(frames), height, width),
-            seed,
-            on_step,
-            settings,
-            negative=negative_prompt,
-        )
+        shape = (self._frames(frames), *self._size(size, video=True))
+        return self._generate(_Order(Task.T2V, [checked(prompt)], shape), options)
 
     def animate(
         self,
-        image: Source,
+        image: Source | Generated,
         prompt: str,
         *,
-        last: Source | None = None,
+        last: Source | Generated | None = None,
         frames: int | None = None,
-        negative_prompt: str | None = None,
-        seed: int | None = None,
-        on_step: OnStep | None = None,
-        **settings: Any,
+        **options: Unpack[Options],
     ) -> Generated:
         """Image to video: `image` is the first frame and, where given, `last` the last one.
 
         The clip takes the aspect ratio of the image.
         """
+        self._need(Task.I2V)
+        options = _seeded(options)
         count = self._frames(frames)
-        resolutions = Resolutions.of(self.config.sizes, video=True)
-        first = self._view(image, resolutions, semantic=False).latents
-        assert first is not None
+        first = self._latents(image, options)
         latents = torch.zeros(self._latent_frames(count), *first.shape[1:])
         latents[0], fixed = first[0], (0,)
         if last is not None:
-            ending = self._view(last, resolutions, semantic=False).latents
-            assert ending is not None
+            ending = self._latents(last, options)
             if ending.shape != first.shape:
                 raise InputError("the last frame has another aspect ratio than the first: crop one of them")
             latents[-1], fixed = ending[0], (0, len(latents) - 1)
-        stride = self.config.vae.spatial_stride
-        size = (count, latents.shape[1] * stride, latents.shape[2] * stride)
-        return self._generate(
-            Task.I2V,
-            [_words(prompt)],
-            size,
-            seed,
-            on_step,
-            settings,
-            negative=negative_prompt,
-            given=latents,
-            fixed=fixed,
-        )
+        if len(latents) <= len(fixed):
+            least = len(fixed) * self.config.vae.temporal_stride + 1
+            raise InputError(f"{count} frames leave nothing to generate: ask for {least} or more")
+        shape = (count, *self._pixels(latents))
+        return self._generate(_Order(Task.I2V, [checked(prompt)], shape, given=latents, fixed=fixed), options)
 
     def edit(
         self,
@@ -171,10 +195,7 @@ class LancePipeline:
         prompt: str,
         *,
         keep_history: bool = False,
-        negative_prompt: str | None = None,
-        seed: int | None = None,
-        on_step: OnStep | None = None,
-        **settings: Any,
+        **options: Unpack[Options],
     ) -> Generated:
         """Change a picture or clip as the words say.
 
@@ -184,40 +205,32 @@ class LancePipeline:
         history = source.history if isinstance(source, Generated) and keep_history else ()
         if keep_history and not history:
             raise InputError("keep_history needs an edited result to go on from")
-        media = self._load(source)
-        video = isinstance(media, Video)
-        task = Task.VIDEO_EDIT if video else Task.IMAGE_EDIT
+        media = media_of(source, self.config)
+        task = Task.VIDEO_EDIT if isinstance(media, Video) else Task.IMAGE_EDIT
         self._need(task)
-        seen = self._view(media, Resolutions.of(self.config.sizes, video=video))
+        options = _seeded(options)
+        seen = self._view(media, options, video=task.video)
         assert seen.latents is not None
+        frames = (len(seen.latents) - 1) * self.config.vae.temporal_stride + 1
         parts = [] if history else seen.segments(Role.SOURCE)
-        stride = self.config.vae
-        frames = (len(seen.latents) - 1) * stride.temporal_stride + 1
-        size = (frames, *(side * stride.spatial_stride for side in seen.latents.shape[1:3]))
-        return self._generate(
+        order = _Order(
             task,
-            [*parts, _words(prompt)],
-            size,
-            seed,
-            on_step,
-            settings,
-            negative=negative_prompt,
+            [*parts, checked(prompt)],
+            (frames, *self._pixels(seen.latents)),
             history=history,
-            fps=_fps(media),
+            fps=media.fps if isinstance(media, Video) else None,
         )
+        return self._generate(order, options)
 
     def subject(
         self,
-        references: Source | Sequence[Source],
+        references: Source | Generated | Sequence[Source | Generated],
         prompt: str,
         *,
         video: bool = False,
         size: Size | int | None = None,
         frames: int | None = None,
-        negative_prompt: str | None = None,
-        seed: int | None = None,
-        on_step: OnStep | None = None,
-        **settings: Any,
+        **options: Unpack[Options],
     ) -> Generated:
         """Draw (or film) the subjects of one or several reference pictures as the words say."""
         sources = list(references) if isinstance(references, (list, tuple)) else [references]
@@ -225,138 +238,121 @@ class LancePipeline:
             raise InputError("subject needs at least one reference picture")
         task = Task.SUBJECT_VIDEO if video else Task.SUBJECT_IMAGE
         self._need(task)
-        resolutions = Resolutions.of(self.config.sizes, video=video)
+        options = _seeded(options)
         parts: list[str | Segment] = []
         for source in sources:
-            parts += self._view(source, resolutions).segments(Role.REFERENCE)
-        default = self._video_size() if video else (self.config.sizes.image,) * 2
-        height, width = target_size(size, default, self.config)
-        count = self._frames(frames) if video else 1
-        return self._generate(
-            task,
-            [*parts, _words(prompt)],
-            (count, height, width),
-            seed,
-            on_step,
-            settings,
-            negative=negative_prompt,
-        )
+            seen = self._view(media_of(source, self.config), options, video=video)
+            parts += seen.segments(Role.REFERENCE)
+        shape = (self._frames(frames) if video else 1, *self._size(size, video=video))
+        return self._generate(_Order(task, [*parts, checked(prompt)], shape), options)
 
     def ask(
         self,
         question: str = "",
         media: Source | Generated | Sequence[Source | Generated] = (),
-        *,
-        seed: int | None = None,
-        **settings: Any,
+        **options: Unpack[TextOptions],
     ) -> Answer:
         """Answer a question about pictures and clips, or without any; no question asks for a description."""
-        return self._collect(self._question(question, media), seed, settings)
+        return self.chat(asked(question, media), **options)
 
     def stream(
         self,
         question: str = "",
         media: Source | Generated | Sequence[Source | Generated] = (),
-        *,
-        seed: int | None = None,
-        **settings: Any,
-    ) -> Iterator[str]:
-        """Like `ask`, in pieces as they come."""
-        config = override(TextConfig(), settings)
-        return iter(
-            self._stream(self._question(question, media), new_seed() if seed is None else seed, config)
-        )
+        **options: Unpack[TextOptions],
+    ) -> TextStream:
+        """Like `ask`, in pieces as they come; `tokens` and `finish` of the stream are known at its end."""
+        return self.chat_stream(asked(question, media), **options)
 
-    def chat(
-        self, messages: Sequence[Mapping[str, Any]], *, seed: int | None = None, **settings: Any
-    ) -> Answer:
+    def chat(self, messages: Sequence[Mapping[str, Any]], **options: Unpack[TextOptions]) -> Answer:
         """Continue a conversation.
 
         messages: {"role": "system" | "user" | "assistant", "content": text or a list of parts}, a part being
         {"type": "text", "text": …}, {"type": "image", "image": …} or {"type": "video", "video": …}, in any
         order. A system message replaces the checkpoint's.
         """
-        return self._collect(self._conversation(messages), seed, settings)
+        config, seed = _text_options(options)
+        seconds: dict[str, float] = {}
+        with _timed(seconds, "answer"):
+            stream = self._speak(messages, config, seed)
+            text = "".join(stream)
+        record = {"seed": seed, "model": self.config.name, "text": to_dict(config)}
+        return Answer(text, stream.tokens, stream.finish, record, seconds)
 
     def chat_stream(
-        self, messages: Sequence[Mapping[str, Any]], *, seed: int | None = None, **settings: Any
+        self, messages: Sequence[Mapping[str, Any]], **options: Unpack[TextOptions]
     ) -> TextStream:
-        """Like `chat`, in pieces as they come; its `tokens` and `finish` are known at the end."""
-        config = override(TextConfig(), settings)
-        return self._stream(self._conversation(messages), new_seed() if seed is None else seed, config)
+        """Like `chat`, in pieces as they come; `tokens` and `finish` of the stream are known at its end."""
+        return self._speak(messages, *_text_options(options))
 
     # -- how it is done ------------------------------------------------------------------------------
 
-    def _generate(
-        self,
-        task: Task,
-        parts: Sequence[str | Segment],
-        size: tuple[int, int, int],
-        seed: int | None,
-        on_step: OnStep | None,
-        settings: dict[str, Any],
-        *,
-        negative: str | None = None,
-        given: Tensor | None = None,
-        fixed: tuple[int, ...] = (),
-        history: tuple[Message, ...] = (),
-        fps: float | None = None,
-    ) -> Generated:
-        """Generate `size` (frames, height, width); given: latents of which `fixed` frames are kept."""
-        self._need(task)
-        assert self.vae is not None
-        sampling = override(self.config.sampling, settings)
-        seed = new_seed() if seed is None else seed
-        frames, height, width = size
-        stride = self.config.vae.spatial_stride
-        grid = (self._latent_frames(frames), height // stride, width // stride)
-        target = Segment(Kind.NOISY, Role.TARGET, grid=grid, latents=given, fixed_frames=fixed)
-        system = system_prompt(task, self.config.system_prompts)
-
-        def sample(parts: Sequence[str | Segment]) -> list[Segment]:
-            made = compose(
-                parts, self.tokenizer.encode_with_offsets, system=system, ending=target, history=history
-            )
-            return made[: made.index(target) + 1]
-
-        other = [p for p in parts if not isinstance(p, str)]
-        away = sample([*other, negative]) if negative else None
-        generator = torch.Generator().manual_seed(seed)
-        noise = torch.randn(*grid, self.config.vae.channels, generator=generator)
+    def _generate(self, order: _Order, options: Options) -> Generated:
+        self._need(order.task)
+        seed, negative, on_step, sampling = self._sampling(options)
+        target = self._target(order)
+        other = [part for part in order.parts if not isinstance(part, str)]
+        away = self._sample(replace(order, parts=[*other, negative]), target) if negative else None
+        noise = torch.randn(
+            *target.grid, self.config.vae.channels, generator=torch.Generator().manual_seed(seed)
+        )
         seconds: dict[str, float] = {}
         with _timed(seconds, "denoise"):
-            latents = denoise(self.model, sample(parts), sampling, noise, negative=away, on_step=on_step)
+            sample = self._sample(order, target)
+            latents = denoise(self.model, sample, sampling, noise, negative=away, on_step=on_step)
         with _timed(seconds, "decode"):
-            pixels = self._decode(latents)
-        if task.video:
-            fps = fps or self.config.sizes.fps
-        words = [part for part in parts if isinstance(part, str)]
+            frames = self._decode(latents)
+        fps = (order.fps or self.config.sizes.fps) if order.task.video else None
         record = {
-            "task": str(task), "prompt": " ".join(words), "negative_prompt": negative, "seed": seed,
-            "size": [height, width], "frames": frames, "fps": fps, "model": self.config.name,
-            "dtype": str(self.model.dtype).removeprefix("torch."), "device": self.model.device.type,
-            "sizes": to_dict(self.config.sizes), "sampling": to_dict(sampling),
-        }  # fmt: skip
-        history = self._remember(task, history, parts, pixels, latents)
-        return Generated(pixels, fps if task.video else None, record, seconds, history)
+            "task": str(order.task),
+            "prompt": " ".join(part for part in order.parts if isinstance(part, str)),
+            "negative_prompt": negative,
+            "seed": seed,
+            "size": list(order.size[1:]),
+            "frames": order.size[0],
+            "fps": fps,
+            "model": self.config.name,
+            "dtype": str(self.model.dtype).removeprefix("torch."),
+            "device": self.model.device.type,
+            "sizes": to_dict(self.config.sizes),
+            "sampling": to_dict(sampling),
+        }
+        return Generated(frames, fps, record, seconds, self._remember(order, frames, latents))
 
-    def _remember(
-        self,
-        task: Task,
-        history: tuple[Message, ...],
-        parts: Sequence[str | Segment],
-        pixels: Any,
-        latents: Tensor,
-    ) -> tuple[Message, ...]:
+    def _sampling(self, options: Options) -> tuple[int, str | None, OnStep | None, SamplingConfig]:
+        """(seed, negative prompt, callback, settings)."""
+        settings: dict[str, Any] = dict(_seeded(options))
+        seed = settings.pop("seed")
+        negative, on_step = settings.pop("negative_prompt", None), settings.pop("on_step", None)
+        return seed, negative, on_step, override(self.config.sampling, settings)
+
+    def _target(self, order: _Order) -> Segment:
+        frames, height, width = order.size
+        stride = self.config.vae.spatial_stride
+        grid = (self._latent_frames(frames), height // stride, width // stride)
+        return Segment(Kind.NOISY, Role.TARGET, grid=grid, latents=order.given, fixed_frames=order.fixed)
+
+    def _sample(self, order: _Order, target: Segment) -> Sample:
+        """The sequence up to its target."""
+        sample = compose(
+            order.parts,
+            self.tokenizer.encode_with_offsets,
+            system=system_prompt(order.task, self.config.system_prompts),
+            ending=target,
+            history=order.history,
+        )
+        return sample[: sample.index(target) + 1]
+
+    def _remember(self, order: _Order, frames: Frames, latents: Tensor) -> tuple[Message, ...]:
         """The turns so far, the result as the model will see it included; of edits only."""
-        if task not in (Task.IMAGE_EDIT, Task.VIDEO_EDIT):
+        if order.task not in (Task.IMAGE_EDIT, Task.VIDEO_EDIT):
             return ()
-        resolutions = Resolutions.of(self.config.sizes, video=task.video)
-        seen = view(Video(pixels, 1.0), resolutions, self.config, None)
+        resolutions = Resolutions.of(self.config.sizes, video=order.task.video)
+        seen = view(Video(frames, 1.0), resolutions, self.config, None)
         shown = replace(seen, latents=latents.cpu()).segments(Role.SOURCE)
         return (
-            *history,
-            Message("user", tuple(parts), past=True),
+            *order.history,
+            Message("user", tuple(order.parts), past=True),
             Message("assistant", tuple(shown), past=True),
         )
 
@@ -367,58 +363,13 @@ class LancePipeline:
         weight = next(self.vae.parameters())
         return from_vae_pixels(self.vae.decode(latents[None].to(weight))[0])
 
-    def _question(self, question: str, media: Any) -> list[Message]:
-        sources = list(media) if isinstance(media, (list, tuple)) else [media]
-        content: list[dict[str, Any]] = [{"type": "media", "media": source} for source in sources]
-        if question.strip():
-            content.append({"type": "text", "text": question})
-        if not content:
-            raise InputError("nothing is asked: give a question, or something to look at")
-        return self._conversation([{"role": "user", "content": content}])
-
-    def _conversation(self, messages: Sequence[Mapping[str, Any]]) -> list[Message]:
-        """The messages with their media seen, and a system prompt in front."""
-        loaded = [(message.get("role", ""), self._content(message.get("content"))) for message in messages]
-        if not loaded or loaded[-1][0] != "user":
-            raise InputError("a conversation must end with a user's message")
-        media = [part for _, parts in loaded for part in parts if not isinstance(part, str)]
-        video = any(isinstance(part, Video) for part in media)
-        task = (Task.X2T_VIDEO if video else Task.X2T_IMAGE) if media else Task.CHAT
+    def _speak(self, messages: Sequence[Mapping[str, Any]], config: TextConfig, seed: int) -> TextStream:
+        task, turns = read(messages, self.config)
         self._need(task)
-        caption = not any(isinstance(part, str) for role, parts in loaded for part in parts if role == "user")
-        turns = [Message(role, tuple(self._see(part) for part in parts)) for role, parts in loaded]
-        if turns[0].role == "system":
-            return turns
-        prompt = system_prompt(task, self.config.system_prompts, caption=caption)
-        return [Message("system", (prompt,)), *turns]
-
-    def _content(self, content: Any) -> list[str | Media]:
-        if isinstance(content, str):
-            return [_words(content)]
-        if not isinstance(content, (list, tuple)) or not content:
-            raise InputError("a message's content must be a text, or a list of parts that is not empty")
-        parts: list[str | Media] = []
-        for part in content:
-            kind = part.get("type") if isinstance(part, Mapping) else None
-            if kind not in ("text", "image", "video", "media") or kind not in part:
-                raise InputError(
-                    f'unknown part {part!r}: give {{"type": "text", "text": …}}, "image" or "video"'
-                )
-            parts.append(_words(part["text"]) if kind == "text" else self._load(part[kind]))
-        return parts
-
-    def _see(self, part: str | Media) -> str | Segment:
-        if isinstance(part, str):
-            return part
-        resolutions = Resolutions.of(self.config.sizes, video=isinstance(part, Video))
-        return view(part, resolutions, self.config, None).segments(Role.SOURCE)[0]
-
-    def _stream(self, messages: list[Message], seed: int, config: TextConfig) -> TextStream:
-        encode = self.tokenizer.encode_with_offsets
         ends = frozenset({self.config.tokens.im_end, self.config.tokens.endoftext})
         ids = speak(
             self.model,
-            build(messages, encode, open_turn=True),
+            build(turns, self.tokenizer.encode_with_offsets, open_turn=True),
             config,
             allowed=self.tokenizer.size,
             stop=ends,
@@ -426,22 +377,18 @@ class LancePipeline:
         )
         return TextStream(ids, self.tokenizer, ends, config.stop)
 
-    def _collect(self, messages: list[Message], seed: int | None, settings: dict[str, Any]) -> Answer:
-        config = override(TextConfig(), settings)
-        seed = new_seed() if seed is None else seed
-        seconds: dict[str, float] = {}
-        with _timed(seconds, "answer"):
-            stream = self._stream(messages, seed, config)
-            text = "".join(stream)
-        record = {"seed": seed, "model": self.config.name, "text": to_dict(config)}
-        return Answer(text, stream.tokens, stream.finish, record, seconds)
+    def _view(self, media: Media, options: Options, *, video: bool, semantic: bool = True) -> View:
+        resolutions = Resolutions.of(self.config.sizes, video=video)
+        posterior = None
+        if options.get("sample_posterior", self.config.sampling.sample_posterior):
+            posterior = torch.Generator().manual_seed(options["seed"])
+        return view(media, resolutions, self.config, self.vae, semantic=semantic, posterior=posterior)
 
-    def _load(self, source: Any) -> Media:
-        return source.media if isinstance(source, Generated) else load(source, self.config.sizes)
-
-    def _view(self, source: Any, resolutions: Resolutions, *, semantic: bool = True) -> Any:
-        media = self._load(source)
-        return view(media, resolutions, self.config, self.vae, semantic=semantic)
+    def _latents(self, source: Source | Generated, options: Options) -> Tensor:
+        """Latents [frames, rows, columns, channels] of a picture, at the resolution of clips."""
+        seen = self._view(media_of(source, self.config), options, video=True, semantic=False)
+        assert seen.latents is not None
+        return seen.latents
 
     def _need(self, task: Task) -> None:
         have = self.model.parts | ({"vae"} if self.vae is not None else set())
@@ -449,35 +396,19 @@ class LancePipeline:
         if missing:
             raise InputError(f"{task} needs {', '.join(sorted(missing))}: load the checkpoint with this task")
 
+    def _size(self, size: Size | int | None, *, video: bool) -> Size:
+        side = self.config.sizes.video if video else self.config.sizes.image
+        return target_size(size, (side, side), self.config)
+
     def _frames(self, frames: int | None) -> int:
         return target_frames(self.config.sizes.frames if frames is None else frames, self.config)
 
     def _latent_frames(self, frames: int) -> int:
         return (frames - 1) // self.config.vae.temporal_stride + 1
 
-    def _video_size(self) -> Size:
-        side = self.config.sizes.video
-        return side, side
-
-
-def default_device() -> str:
-    """CUDA, else MPS, else CPU."""
-    if torch.cuda.is_available():
-        return "cuda"
-    return "mps" if torch.backends.mps.is_available() else "cpu"
-
-
-def pick_device(name: str | torch.device | None) -> torch.device:
-    """The device of this name, or the best there is. Raises InputError where it is not there."""
-    try:
-        device = torch.device(default_device() if name is None else name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = (str(error).splitlines() or ["no reason given"])[0]
-        raise InputError(
-            f"device {name} cannot be used here ({reason}): choose {default_device()} or cpu"
-        ) from error
-    return device
+    def _pixels(self, latents: Tensor) -> Size:
+        rows, columns = latents.shape[1:3]
+        return rows * self.config.vae.spatial_stride, columns * self.config.vae.spatial_stride
 
 
 def new_seed() -> int:
@@ -497,14 +428,15 @@ def override(config: Config, settings: Mapping[str, Any]) -> Config:
     return replace(config, **settings)
 
 
-def _words(text: Any) -> str:
-    if not isinstance(text, str) or not text.strip():
-        raise InputError("the prompt is empty: say what you want")
-    return text
+def _seeded(options: Options) -> Options:
+    """The options with a seed, a new one where there is none."""
+    return options if options.get("seed") is not None else {**options, "seed": new_seed()}
 
 
-def _fps(media: Media) -> float | None:
-    return media.fps if isinstance(media, Video) else None
+def _text_options(options: TextOptions) -> tuple[TextConfig, int]:
+    settings: dict[str, Any] = dict(options)
+    seed = settings.pop("seed", None)
+    return override(TextConfig(), settings), new_seed() if seed is None else seed
 
 
 @contextmanager

@@ -68,9 +68,10 @@ def semantic_view(frames: Frames, resolution: int, config: ModelConfig) -> View:
 def encode_latents(
     frames: Frames, resolution: int, vae: VAE, *, posterior: torch.Generator | None = None
 ) -> Tensor:
-    """Latents [T', H', W', channels] float32 on the CPU, of frames uint8 [T, H, W, 3] resized to their bucket.
+    """Latents [T', H', W', channels] float32 on the CPU, of frames uint8 [T, H, W, 3].
 
-    They are the mean of the posterior, or a draw from it where a generator is given.
+    The frames are resized to their bucket; the latents are the mean of the posterior, or a draw from it
+    where a generator is given.
     """
     pixels = to_vae_pixels(resize_to_bucket(frames, resolution, VAE_DIVISOR))
     weight = next(vae.parameters())
