@@ -38,3 +38,15 @@ def golden_file(golden: Path) -> Callable[[str], Path]:
         return path
 
     return find
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in the released layout with random weights, small enough to run anywhere."""
+    from tiny import config, network, tokenizer, vae
+
+    from openlance.model.checkpoint import save_pretrained
+
+    folder = tmp_path_factory.mktemp("checkpoint") / "tiny"
+    save_pretrained(folder, model=network(), vae=vae(), tokenizer=tokenizer(), config=config())
+    return folder

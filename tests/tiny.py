@@ -44,7 +44,10 @@ def config() -> ModelConfig:
 
 
 def build_network(seed: int, parts: frozenset[str] = PARTS) -> Lance:
-    """Random weights that differ everywhere: norms and biases too, so that no part can be left out."""
+    """Random weights that differ everywhere: norms and biases too, so that no part can be left out.
+
+    Small embeddings and large attention outputs, so that what comes out depends on the whole context.
+    """
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = Lance(config(), parts).eval()
@@ -52,6 +55,10 @@ def build_network(seed: int, parts: frozenset[str] = PARTS) -> Lance:
             for parameter in model.parameters():
                 if parameter.ndim == 1:
                     parameter.add_(torch.randn_like(parameter) * 0.2)
+            model.embed.weight.mul_(0.1)
+            for name, parameter in model.named_parameters():
+                if name.endswith(".o.weight"):
+                    parameter.mul_(4)
     return model
 
 
