@@ -138,7 +138,7 @@ def say_text(text: Text, rng: Rng) -> tuple[str, TextClaim]:
 
 def say_ground(scene: Scene, rng: Rng) -> tuple[str, str, str | None]:
     """(noun phrase, ground, texture): a texture is always said, plainness seldom."""
-    texture = scene.texture
+    texture: str | None = scene.texture
     if texture == "plain" and (rng is None or chance(rng, 0.8)):
         texture = None
     words = " ".join(filter(None, (texture and TEXTURE_WORDS[texture], scene.ground)))
@@ -153,11 +153,12 @@ def join(phrases: list[str]) -> str:
 def describe(scene: Scene, rng: Rng = None) -> tuple[str, Claims]:
     """(sentence, what it claims): lower case, always true; without rng it says everything, in one wording."""
     phrases, things, related = say_things(scene, rng)
-    text = None
+    text: TextClaim | None = None
     if scene.text:
         phrase, text = say_text(scene.text, rng)
         phrases.append(phrase)
-    ground = texture = None
+    ground: str | None = None
+    texture: str | None = None
     sentence = join(phrases) if phrases else "nothing"
     if chance(rng, 0.9):
         words, ground, texture = say_ground(scene, rng)

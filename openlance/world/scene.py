@@ -35,8 +35,10 @@ GROUNDS: dict[str, RGB] = {
 # The second colour of a texture: the ground, moved by a fixed step towards the middle of the scale.
 TONE_STEP = 36
 TONES: dict[str, RGB] = {
-    name: tuple(value - TONE_STEP if sum(rgb) > 3 * 128 else value + TONE_STEP for value in rgb)
-    for name, rgb in GROUNDS.items()
+    name: (r - TONE_STEP, g - TONE_STEP, b - TONE_STEP)
+    if r + g + b > 3 * 128
+    else (r + TONE_STEP, g + TONE_STEP, b + TONE_STEP)
+    for name, (r, g, b) in GROUNDS.items()
 }
 PLACES = (
     "top left", "top", "top right", "left", "center", "right", "bottom left", "bottom", "bottom right",
@@ -49,6 +51,8 @@ WORDS = (
     "A", "GO", "HI", "NO", "OK", "UP", "BUS", "CAT", "DOG", "FOX", "JAM", "KEY", "SUN", "YES", "ZOO",
     "BLUE", "FISH", "MOON", "OPEN", "STOP", "TREE", "WAVE", "HELLO", "LANCE", "QUICK", "VIDEO",
 )  # fmt: skip
+
+LIKE_RINGS = ("D", "O")  # letters that, alone, would be taken for a thing
 
 RADII = {"small": 0.092, "large": 0.152}  # fraction of the shorter side
 JITTER = 0.013  # largest offset: a large thing still stays inside its cell
@@ -117,7 +121,7 @@ class Text:
         known("color", self.color, COLORS)
         known("place of a text", self.place, TEXT_PLACES)
         letters = self.word.isascii() and self.word.isalpha() and self.word.isupper()
-        if not (letters and len(self.word) <= 5) or self.word in ("D", "O"):
+        if not (letters and len(self.word) <= 5) or self.word in LIKE_RINGS:
             raise InputError(
                 f"cannot write {self.word!r}: a word has one to five letters A to Z in capitals, "
                 "and is neither D nor O alone, which look like a ring"
@@ -142,10 +146,15 @@ class Scene:
         known("ground", self.ground, GROUNDS)
         known("texture", self.texture, TEXTURES)
         taken: set[tuple[int, int]] = set()
-        for part in (*self.things, *([self.text] if self.text else [])):
+        for part in self.parts:
             if taken & part.cells:
                 raise InputError(f"{part} stands where another part of the scene is or moves to")
             taken |= part.cells
+
+    @property
+    def parts(self) -> tuple[Thing | Text, ...]:
+        """The things, and the text where there is one."""
+        return (*self.things, self.text) if self.text else self.things
 
 
 @dataclass(frozen=True)
@@ -193,11 +202,10 @@ def is_clear(scene: Scene) -> bool:
     things = scene.things
     if len({(thing.shape, thing.color) for thing in things}) < len(things):
         return False
-    parts = [*things, *([scene.text] if scene.text else [])]
     return not any(
         a.color == b.color and any(abs(x - u) + abs(y - v) == 1 for x, y in a.cells for u, v in b.cells)
-        for index, a in enumerate(parts)
-        for b in parts[:index]
+        for index, a in enumerate(scene.parts)
+        for b in scene.parts[:index]
     )
 
 

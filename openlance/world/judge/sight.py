@@ -14,26 +14,29 @@ from scipy.spatial import ConvexHull, QhullError
 
 from openlance.errors import InputError
 from openlance.world.judge.letters import Reading, read_letters
-from openlance.world.scene import COLORS, GROUNDS, PLACES, TEXT_PLACES, TONES
+from openlance.world.scene import COLORS, GROUNDS, LIKE_RINGS, PLACES, TEXT_PLACES, TONES
 
 UNKNOWN = "unknown"
 SMOOTHING = 0.7 / 112  # sigma, in shorter sides: quiets noise, leaves a small star its notches
 SMALLEST = 0.003  # area of a blob that counts, in squared shorter sides: a quarter of a small star
 BETWEEN_SIZES = 0.118  # radius that parts small (0.09) from large (0.15), in shorter sides
+NEAR = 45.0  # RGB distance within which a pixel is taken for ground
 FAR = 70.0  # RGB distance beyond which a color or ground is none of the world's
 FULL = 0.85  # share of its box that no wide letter fills
+MARGIN = 2  # pixels that the box of a blob reaches past its solid part
 LETTER_GAP = 0.06  # largest gap inside a word, in shorter sides
-# Moments of the ideal outlines, slightly smoothed (see `moments`); the tolerance admits noise and blur.
+# Moments of each outline (see `moments`), sharp, and small through a blur of 1.9 pixels: what is seen lies
+# between the two, up to the tolerance.
 OUTLINES = {
-    #            three  four   five  hollow spread solid
-    "circle": (0.00, 0.00, 0.00, 0.00, 1.01, 0.96),
-    "square": (0.00, -0.28, 0.00, 0.00, 1.06, 1.00),
-    "triangle": (0.53, 0.00, 0.00, 0.00, 1.23, 0.91),
-    "cross": (0.00, 0.45, 0.00, 0.00, 1.22, 0.74),
-    "star": (0.00, 0.00, 0.57, 0.00, 1.33, 0.61),
-    "ring": (0.00, 0.00, 0.00, 1.00, 1.84, 0.68),
+    #            three   four  five hollow spread solid
+    "circle": ((0.00, 0.00, 0.00, 0.00, 1.00, 0.97), (0.00, 0.00, 0.00, 0.00, 1.10, 0.94)),
+    "square": ((0.00, -0.29, 0.00, 0.00, 1.05, 1.00), (0.00, -0.19, 0.00, 0.00, 1.14, 0.98)),
+    "triangle": ((0.55, 0.00, 0.00, 0.00, 1.21, 0.93), (0.38, 0.00, 0.00, 0.00, 1.30, 0.92)),
+    "cross": ((0.00, 0.47, 0.00, 0.00, 1.20, 0.72), (0.00, 0.35, 0.00, 0.00, 1.28, 0.82)),
+    "star": ((0.00, 0.00, 0.62, 0.00, 1.29, 0.54), (0.00, 0.00, 0.19, 0.00, 1.28, 0.88)),
+    "ring": ((0.00, 0.00, 0.00, 1.00, 1.83, 0.68), (0.00, 0.00, 0.00, 0.89, 1.59, 0.77)),
 }
-TOLERANCE = 0.3
+TOLERANCE = 0.2
 
 
 @dataclass(frozen=True)
@@ -72,7 +75,7 @@ class Seen:
 
 @dataclass(frozen=True)
 class Blob:
-    """Touching pixels of one color: coverage [h, w] in [0, 1] of the box at (top, left)."""
+    """Touching pixels of one color: coverage [h, w] in [0, 1], over a half somewhere, at (top, left)."""
 
     coverage: np.ndarray
     color: str
@@ -96,15 +99,20 @@ def look(picture: np.ndarray) -> Seen:
         raise InputError(f"a picture has 3 channels and at least 16x16 pixels, not shape {picture.shape}")
     side = min(picture.shape[:2])
     pixels = ndimage.gaussian_filter(picture.astype(np.float32), (SMOOTHING * side, SMOOTHING * side, 0))
-    ground = see_ground(pixels)
-    best, coverage = unmix(pixels, ground)
+    ground, tones = see_ground(pixels)
+    best, coverage = unmix(pixels, tones)
     blobs = find_blobs(pixels, best, coverage)
-    texture = see_texture(pixels, ground, coverage.max(axis=0))
+    texture = see_texture(pixels, palette(ground), coverage.max(axis=0))
     words, rest = find_words(blobs, picture.shape[:2])
     things = tuple(see_thing(blob, picture.shape[:2]) for blob in rest)
-    if np.median(to_ground(border(pixels), ground)) > FAR:
+    if np.median(to_line(border(pixels), palette(ground))) > FAR:
         ground = UNKNOWN
     return Seen(ground, texture, things, words)
+
+
+def palette(ground: str) -> np.ndarray:
+    """The two tones [2, 3] of a ground."""
+    return np.array([GROUNDS[ground], TONES[ground]], np.float32)
 
 
 def border(pixels: np.ndarray) -> np.ndarray:
@@ -115,20 +123,35 @@ def border(pixels: np.ndarray) -> np.ndarray:
     return pixels[frame]
 
 
-def to_ground(pixels: np.ndarray, ground: str) -> np.ndarray:
-    """RGB distance [...] of pixels [..., 3] to the line between the two tones of a ground."""
-    base, step = np.array(GROUNDS[ground], np.float32), np.subtract(TONES[ground], GROUNDS[ground])
-    share = np.clip((pixels - base) @ step / (step @ step), 0, 1)
-    return np.linalg.norm(pixels - base - share[..., None] * step, axis=-1)
+def along_line(pixels: np.ndarray, tones: np.ndarray) -> np.ndarray:
+    """Where pixels [..., 3] lie from the first tone (0) to the second (1)."""
+    step = tones[1] - tones[0]
+    return (pixels - tones[0]) @ step / max(float(step @ step), 1e-6)
 
 
-def see_ground(pixels: np.ndarray) -> str:
-    """The ground that the frame of the picture is nearest to; things on the frame are cut off as outliers."""
+def to_line(pixels: np.ndarray, tones: np.ndarray) -> np.ndarray:
+    """Distance [...] of pixels [..., 3] to the line between two tones [2, 3]; so with any other last axis."""
+    share = np.clip(along_line(pixels, tones), 0, 1)
+    return np.linalg.norm(pixels - tones[0] - share[..., None] * (tones[1] - tones[0]), axis=-1)
+
+
+def see_ground(pixels: np.ndarray) -> tuple[str, np.ndarray]:
+    """(name, tones [2, 3]): the ground that the frame is nearest to, with its two tones in the picture.
+
+    Things on the frame are cut off as outliers. Tones may be a little off in a picture that a model drew.
+    """
     frame = border(pixels)
-    return min(GROUNDS, key=lambda name: np.minimum(to_ground(frame, name), FAR).mean())
+    name = min(GROUNDS, key=lambda ground: np.minimum(to_line(frame, palette(ground)), FAR).mean())
+    near = pixels[to_line(pixels, palette(name)) < NEAR]
+    if len(near) == 0:
+        return name, palette(name)
+    along = along_line(near, palette(name))
+    low, high = np.percentile(along, (5, 95))
+    middle = (low + high) / 2
+    return name, np.stack([near[along <= middle].mean(axis=0), near[along >= middle].mean(axis=0)])
 
 
-def unmix(pixels: np.ndarray, ground: str) -> tuple[np.ndarray, np.ndarray]:
+def unmix(pixels: np.ndarray, tones: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Read each pixel as (1 - a) ground + a color: (index [H, W] of the best color, a [9, H, W] for each).
 
     Either tone of the ground may lie below; the one that leaves the smaller rest counts. The last index
@@ -137,42 +160,44 @@ def unmix(pixels: np.ndarray, ground: str) -> tuple[np.ndarray, np.ndarray]:
     flat = pixels.reshape(-1, 3).T
     inks = np.array(list(COLORS.values()), np.float32)
     found = []
-    for tone in (GROUNDS[ground], TONES[ground]):
-        below = np.array(tone, np.float32)
+    for below in tones.astype(np.float32):
         steps, above = inks - below, flat - below[:, None]
         along, length = steps @ above, (steps * steps).sum(axis=1, keepdims=True)
         share = np.clip(along / length, 0, 1)
         found.append((share, (above * above).sum(axis=0) + share * (share * length - 2 * along)))
     (share, rest), (other_share, other_rest) = found
     coverage, rest = np.where(other_rest < rest, other_share, share), np.minimum(rest, other_rest)
-    strange = to_ground(flat.T, ground) > FAR
+    strange = to_line(flat.T, tones) > FAR
     coverage = np.concatenate([coverage, strange[None]])
     best = np.concatenate([rest, np.where(strange, FAR**2, np.inf)[None]]).argmin(axis=0)
     return best.reshape(pixels.shape[:2]), coverage.reshape(-1, *pixels.shape[:2])
 
 
 def find_blobs(pixels: np.ndarray, best: np.ndarray, coverage: np.ndarray) -> list[Blob]:
-    """The blobs of all colors, the smallest left out: noise, and the seams between things."""
+    """The blobs of all colors, the smallest left out: noise, and seams that look like a third color."""
     side = min(best.shape)
     solid = np.take_along_axis(coverage, best[None], axis=0)[0] > 0.5
-    blobs = []
+    owner = np.zeros(best.shape, int)  # of each pixel: which blob, counted from 1
+    colors = []
     for index in range(len(coverage)):
         labels, count = ndimage.label((best == index) & solid)
-        areas = np.bincount(labels.ravel(), minlength=count + 1)
-        for label, box in enumerate(ndimage.find_objects(labels), start=1):
-            if areas[label] < SMALLEST * side * side:
-                continue
-            rows = slice(max(0, box[0].start - 2), box[0].stop + 2)
-            columns = slice(max(0, box[1].start - 2), box[1].stop + 2)
-            mine = labels[rows, columns] == label
-            other = ((best[rows, columns] != index) | ((labels[rows, columns] > 0) & ~mine)) & solid[
-                rows, columns
-            ]
-            near = ndimage.binary_dilation(mine, iterations=2) & ~(other & ~ndimage.binary_dilation(mine))
-            full = coverage[index, rows, columns]
-            core = pixels[rows, columns][mine & (full >= np.percentile(full[mine], 75))]
-            color = name_color(np.median(core, axis=0))
-            blobs.append(Blob(full * near, color, rows.start, columns.start))
+        for label in np.flatnonzero(
+            np.bincount(labels.ravel(), minlength=count + 1) >= SMALLEST * side * side
+        ):
+            if label:
+                colors.append(index)
+                owner[labels == label] = len(colors)
+    blobs = []
+    for number, (index, box) in enumerate(zip(colors, ndimage.find_objects(owner), strict=True), start=1):
+        rows = slice(max(0, box[0].start - MARGIN), box[0].stop + MARGIN)
+        columns = slice(max(0, box[1].start - MARGIN), box[1].stop + MARGIN)
+        mine, full = owner[rows, columns] == number, coverage[index, rows, columns]
+        near = ndimage.binary_dilation(mine, iterations=MARGIN) & (mine | (owner[rows, columns] == 0))
+        core = pixels[rows, columns][mine & (full >= np.percentile(full[mine], 75))]
+        # What is blurred or a little off never covers a whole pixel: measure against its most.
+        most = np.percentile(full[mine], 90)
+        color = name_color(np.median(core, axis=0))
+        blobs.append(Blob(np.clip(full / most, 0, 1) * near, color, rows.start, columns.start))
     return blobs
 
 
@@ -182,11 +207,10 @@ def name_color(rgb: np.ndarray) -> str:
     return nearest if distances[nearest] < FAR else UNKNOWN
 
 
-def see_texture(pixels: np.ndarray, ground: str, coverage: np.ndarray) -> str:
+def see_texture(pixels: np.ndarray, tones: np.ndarray, coverage: np.ndarray) -> str:
     """Plain varies little, dots have one tone much more often, stripes vary only from column to column."""
     free = ~ndimage.binary_dilation(coverage > 0.3, iterations=3)
-    base, step = np.array(GROUNDS[ground], np.float32), np.subtract(TONES[ground], GROUNDS[ground])
-    tone = (pixels - base) @ step / (step @ step)
+    tone = along_line(pixels, tones)
     if free.sum() < 0.05 * free.size or tone[free].std() < 0.15:
         return "plain"
     low, high = np.percentile(tone[free], (3, 97))
@@ -227,10 +251,11 @@ def moments(coverage: np.ndarray) -> np.ndarray:
 
 def see_shape(coverage: np.ndarray) -> tuple[str, float]:
     """(shape, confidence): the nearest ideal outline, unknown where none is near."""
-    if not (coverage > 0.5).any():
-        return UNKNOWN, 0.0
     seen = moments(coverage)
-    far = {name: float(np.linalg.norm(seen - (*ideal, 0, 0, 0, 0))) for name, ideal in OUTLINES.items()}
+    far = {
+        name: float(np.hypot(to_line(seen[:6], np.array(ends)), np.linalg.norm(seen[6:])))
+        for name, ends in OUTLINES.items()
+    }
     first, second = sorted(far, key=far.__getitem__)[:2]
     if far[first] > TOLERANCE:
         return UNKNOWN, 0.0
@@ -241,8 +266,6 @@ def see_thing(blob: Blob, size: tuple[int, int]) -> SeenThing:
     height, width = size
     shape, confidence = see_shape(blob.coverage)
     rows, columns = np.nonzero(blob.coverage > 0.5)
-    if not len(rows):
-        rows, columns = np.nonzero(blob.coverage >= blob.coverage.max())
     x = float(blob.left + (columns.min() + columns.max() + 1) / 2) / width
     y = float(blob.top + (rows.min() + rows.max() + 1) / 2) / height
     radius = float(max(np.ptp(rows), np.ptp(columns)) + 1) / 2 / min(size)
@@ -273,8 +296,11 @@ def lines_of(blobs: list[Blob], gap: float) -> list[list[Blob]]:
             last = line[-1]
             shared = min(last.bottom, blob.bottom) - max(last.top, blob.top)
             tall = max(last.bottom - last.top, blob.bottom - blob.top)
-            # Boxes reach two pixels past the ink on each side.
-            if last.color == blob.color and blob.left + 4 - last.right <= gap and shared >= 0.6 * tall:
+            if (
+                last.color == blob.color
+                and blob.left - last.right + 2 * MARGIN <= gap
+                and shared >= 0.6 * tall
+            ):
                 line.append(blob)
                 break
         else:
@@ -286,18 +312,23 @@ def read_line(line: list[Blob], side: int) -> Reading | None:
     """The word that a line of blobs spells, or None where they are things: one that has a thing's shape, or
     any that is too tall, too low or too full for letters.
     """
-    tall = max(b.bottom - b.top for b in line) - 4
+    tall = max(b.bottom - b.top for b in line) - 2 * MARGIN
     if not 0.08 * side < tall < 0.3 * side or any(is_full(blob) for blob in line):
         return None
     if len(line) == 1 and see_shape(line[0].coverage)[0] != UNKNOWN:
         return None
     reading = read_letters([blob.coverage for blob in line])
-    least = 0.5 if len(reading.word) > 1 else 0.7
-    return reading if reading.fit > least and 1 <= len(reading.word) <= 5 else None
+    if reading.fit < 0.5 or not 1 <= len(reading.word) <= 5:
+        return None
+    if len(line) == 1:
+        wide = (line[0].right - line[0].left - 2 * MARGIN) > 1.3 * tall
+        alone = len(reading.word) == 1 and reading.word not in LIKE_RINGS and reading.fit > 0.7
+        return reading if wide or alone else None
+    return reading
 
 
 def is_full(blob: Blob) -> bool:
     """Whether a blob fills its box as no letter but a narrow I does."""
     rows, columns = np.nonzero(blob.coverage > 0.5)
     height, width = np.ptp(rows) + 1, np.ptp(columns) + 1
-    return width > 0.5 * height and len(rows) > FULL * height * width
+    return bool(width > 0.5 * height and len(rows) > FULL * height * width)

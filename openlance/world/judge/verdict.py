@@ -40,7 +40,8 @@ class Verdict:
     @property
     def claimed(self) -> dict[str, bool]:
         """The kinds that were claimed, each with whether it is true."""
-        return {field.name: self[field.name] for field in fields(self) if self[field.name] is not None}
+        verdicts = ((field.name, self[field.name]) for field in fields(self))
+        return {name: true for name, true in verdicts if true is not None}
 
     def __getitem__(self, name: str) -> bool | None:
         return getattr(self, name)
