@@ -43,7 +43,7 @@ def info(
     """
     import torch
 
-    from openlance.infer.memory import estimate
+    from openlance.infer.memory import Estimator
     from openlance.sequence.template import Task, parse_task
 
     tasks = list(Task) if task is None else [parse_task(task)]
@@ -56,8 +56,9 @@ def info(
     print(
         f"{'memory in GiB':16}" + "".join(f"{name:>10} = weights + working" for name in dtypes) + "    tokens"
     )
+    estimator = Estimator(config)
     for wanted in tasks:
-        needs = [estimate(config, wanted, getattr(torch, name)) for name in dtypes]
+        needs = [estimator.need(wanted, getattr(torch, name)) for name in dtypes]
         print(f"{wanted:16}" + "".join(map(_cell, needs)) + f"{needs[0].tokens:10,}", flush=True)
 
 

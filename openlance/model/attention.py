@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.bias import causal_lower_right
 
 from openlance.sequence.mask import Visibility, visible
 
@@ -66,13 +65,21 @@ def attention(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> Tensor:
     if isinstance(pattern, Flex):
         out = _flex(pattern.compiled)(q, k, v, block_mask=pattern.block_mask, enable_gqa=True)
     elif isinstance(pattern, CausalTail) and q.shape[2] > 1:
-        bias = causal_lower_right(q.shape[2], k.shape[2])
         groups = q.shape[1] // k.shape[1]
         k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=_tail_mask(q.shape[2], k.shape[2], q.device))
     else:
         out = F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
     return out[0].transpose(0, 1)
+
+
+def _tail_mask(queries: int, keys: int, device: torch.device) -> Tensor:
+    """Who sees whom in a causal tail, [queries, keys]; on CUDA a stand-in that takes no memory."""
+    if device.type != "cuda":
+        return torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
+    from torch.nn.attention.bias import causal_lower_right  # not above: it loads torch's compiler
+
+    return causal_lower_right(queries, keys)
 
 
 def _padded_rows(q: Tensor, k: Tensor, v: Tensor, pattern: Rows) -> Tensor:
