@@ -243,3 +243,12 @@ def test_the_dtype_is_the_callers(tiny_checkpoint: Path) -> None:
     assert {p.dtype for p in loaded.vae.parameters()} == {torch.bfloat16}
     assert loaded.generate_image("a red circle", size=32, seed=1).frames.shape == (1, 32, 32, 3)
     assert loaded.config.backbone == config().backbone
+
+
+def test_conditions_are_the_mean_or_a_draw(lance: LancePipeline, picture: Any) -> None:
+    """A draw from the VAE's posterior follows the seed too."""
+    mean, draw, again = (
+        lance.edit(picture, "make it blue", seed=1, sample_posterior=sample).frames
+        for sample in (False, True, True)
+    )
+    assert np.array_equal(draw, again) and not np.array_equal(mean, draw)

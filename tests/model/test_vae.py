@@ -1,20 +1,15 @@
-"""The VAE: names, shapes, errors; numbers against another implementation where golden data is at hand."""
+"""The VAE: names, shapes, errors. Its numbers are held to the released ones in tests/parity."""
 
 import dataclasses
-import json
-from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch.nn import functional as F
 
 from openlance.config import VAEConfig, nano
 from openlance.errors import InputError
 from openlance.model.vae import VAE, CausalConv, released_names
 
-ATOL = 1e-4  # float32, other order of operations
-GOLDEN = Path(__file__).parents[3] / "shared" / "golden"
 TINY = VAEConfig(base=2, decoder_base=4)
 
 
@@ -75,28 +70,3 @@ def test_one_frame_takes_the_last_time_slice():
 def test_wrong_sizes_are_named(tiny: VAE, shape: tuple[int, ...], message: str):
     with pytest.raises(InputError, match=message):
         tiny.encode(torch.zeros(shape))
-
-
-@pytest.mark.skipif(not GOLDEN.exists(), reason="golden data not present")
-@pytest.mark.parametrize("frames", [1, 5, 9, 17])
-def test_parity(frames: int):
-    sizes = json.loads((GOLDEN / "checkpoint/Wan2.2_VAE.config.json").read_text())
-    blocks = sizes["num_res_blocks"]
-    config = VAEConfig(base=sizes["dim"], decoder_base=sizes["dec_dim"], residual_blocks=blocks)
-    with torch.device("meta"):
-        vae = VAE(config)
-    released = load_file(GOLDEN / "checkpoint/Wan2.2_VAE.safetensors")
-    vae.load_state_dict({ours: released[name] for name, ours in released_names(config).items()}, assign=True)
-    assert set(released) == set(released_names(config))
-
-    golden = load_file(GOLDEN / "modules/modules.safetensors")
-    torch.testing.assert_close(torch.tensor(config.mean), golden["vae_scale_mean"], atol=1e-6, rtol=0)
-    torch.testing.assert_close(1 / torch.tensor(config.std), golden["vae_scale_inv_std"], atol=1e-5, rtol=0)
-    pixels = (golden[f"vae_{frames}_in_u8"].float() / 255 - 0.5)[None] / 0.5
-    expected = golden[f"vae_{frames}_mu_czthw"].permute(1, 2, 3, 0)[None]
-    with torch.no_grad():
-        torch.testing.assert_close(vae.encode(pixels), expected, atol=ATOL, rtol=0)
-        logvar = vae.posterior(pixels)[1][0]
-        torch.testing.assert_close(logvar, golden[f"vae_{frames}_logvar_czthw"], atol=ATOL, rtol=0)
-        decoded = vae.decode(expected, clamp=False)[0][:, golden[f"vae_{frames}_decoded_frames"]]
-    torch.testing.assert_close(decoded, golden[f"vae_{frames}_decoded_unclamped"], atol=ATOL, rtol=0)

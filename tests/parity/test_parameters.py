@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import torch
 
 from openlance.config import lance_3b
@@ -15,7 +17,9 @@ from openlance.model.checkpoint import (
 )
 from openlance.model.lance import Lance
 from openlance.model.names import POSITION_TABLE, part_of, to_ours, to_released
+from openlance.model.release import LLM_CONFIG, VAE_CONFIG
 from openlance.model.vision import Vision
+from openlance.tokenizer import Tokenizer
 
 
 def test_names_and_shapes_are_the_released_ones(golden_json) -> None:
@@ -36,12 +40,21 @@ def test_counts_are_the_released_ones() -> None:
 
 
 def test_the_golden_checkpoint_loads(golden_checkpoint) -> None:
+    """With the shapes that its own files give."""
     release = find_release(golden_checkpoint)
     config = read_config(release)
-    assert (config.backbone.hidden, config.backbone.rope_sections) == (64, (2, 3, 3))
-    assert (config.vision.window, config.vision.full_attention_layers) == (56, (1, 3))
-    assert (config.vae.base, config.vae.decoder_base, config.vae.spatial_stride) == (2, 4, 16)
-    assert (config.tokens.im_end, config.tokens.video_pad) == (580, 591)
+    llm, vit, vae = (
+        json.loads(path.read_text(encoding="utf-8"))
+        for path in (release.folder / LLM_CONFIG, release.vit / "config.json", release.root / VAE_CONFIG)
+    )
+    assert (config.backbone.hidden, config.backbone.vocab) == (llm["hidden_size"], llm["vocab_size"])
+    assert list(config.backbone.rope_sections) == llm["rope_scaling"]["mrope_section"]
+    assert list(config.vision.full_attention_layers) == vit["fullatt_block_indexes"]
+    assert (config.vae.base, config.vae.decoder_base) == (vae["dim"], vae["dec_dim"])
+    tokens = config.tokens
+    assert (
+        Tokenizer.load(release.folder).decode([tokens.im_end, tokens.video_pad]) == "<|im_end|><|video_pad|>"
+    )
     model = load_model(release, config)
     fresh = Vision(config.vision)
     for name, buffer in fresh.named_buffers():
