@@ -70,12 +70,12 @@ def _run(args: Sequence[str]) -> None:
 def app(brief: bool = False) -> SubcommandApp:
     """All commands; those with a second word are an app of their own. brief: for a list of them all."""
     train, evaluate, commands = SubcommandApp(), SubcommandApp(), SubcommandApp()
-    train.command(about.train_nano, name="nano")
-    evaluate.command(about.nano_bench, name="nano-bench")
+    train.command(name="nano")(about.train_nano)
+    evaluate.command(name="nano-bench")(about.nano_bench)
     made = (create.generate, create.video, create.animate, create.edit, create.subject)
     for command in (*made, words.ask, words.chat, about.info, about.show, about.demo):
         first_line = str(command.__doc__).partition("\n")[0]
-        commands.command(command, help=first_line if brief else None)
+        commands.command(help=first_line if brief else None)(command)
     commands.command(train, name="train", help="Train a model.")
     commands.command(evaluate, name="eval", help="Measure a model.")
     return commands
