@@ -44,6 +44,7 @@ class Training:
     inputs: dict[str, Tensor]
     outputs: dict[str, Tensor]
     found: Losses
+    embedded: Tensor  # [g, hidden] latent tokens as they enter, to which the table of places is added
 
 
 def samples_of(told: dict, inputs: dict[str, Tensor], pipeline: LancePipeline) -> list[Sample]:
@@ -102,9 +103,14 @@ def training(pipeline: LancePipeline, golden_json: Any, golden_tensors: Any) -> 
     weights = TrainConfig(steps=1, ce_weight=told["ce_weight"], mse_weight=told["mse_weight"])
     vocabulary = told["vocab_size_efficient"]
     model.vision.requires_grad_(False)
+    entering: list[Tensor] = []
+    hook = model.latent_in.register_forward_hook(lambda module, given, out: entering.append(out))
     found = losses(model, batch, weights, inputs["noise"], vocabulary=vocabulary)
+    hook.remove()
+    entering[0].retain_grad()
     found.total.backward()
-    return Training(model, samples, batch, told, inputs, golden_tensors("train/outputs.safetensors"), found)
+    outputs = golden_tensors("train/outputs.safetensors")
+    return Training(model, samples, batch, told, inputs, outputs, found, entering[0])
 
 
 def test_the_packed_sequence(training: Training) -> None:
@@ -168,7 +174,7 @@ def test_losses(training: Training) -> None:
 def test_gradients(training: Training, golden_json: Any, golden_tensors: Any) -> None:
     parameters = dict(training.model.named_parameters())
     norms = golden_json("train/grad_norms.json")
-    norms.pop(POSITION_TABLE, None)
+    table = norms.pop(POSITION_TABLE, None)
     assert {to_ours(name) for name in norms} == set(parameters)
     for name, expected in norms.items():
         gradient = parameters[to_ours(name)].grad
@@ -178,3 +184,8 @@ def test_gradients(training: Training, golden_json: Any, golden_tensors: Any) ->
             assert gradient.norm().item() == pytest.approx(expected, rel=GRADIENT_RTOL, abs=1e-7), name
     for name, expected in golden_tensors("train/grads.safetensors").items():
         assert_near(parameters[to_ours(name)].grad, expected)
+    if table is not None:  # we compute the table; what it would get is the sum over the tokens of a place
+        _, place = training.batch.latent_grid.unique(dim=1, return_inverse=True)
+        entering = training.embedded.grad
+        summed = torch.zeros(int(place.max()) + 1, entering.shape[1]).index_add(0, place, entering)
+        assert summed.norm().item() == pytest.approx(table, rel=GRADIENT_RTOL)
