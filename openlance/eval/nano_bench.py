@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from openlance.data.media import Video
 from openlance.data.save import contact_sheet
+from openlance.errors import InputError
 from openlance.infer.pipeline import LancePipeline
 from openlance.world import Scene, WorldConfig, check, describe, edit, kept, question, render, render_clip
 from openlance.world import sample_scene as draw_scene
@@ -71,6 +72,9 @@ def run(
         "edits": lambda shown: _edit(pipeline, count, seed, shown, settings),
         "motion": lambda shown: _film(pipeline, clips, seed, shown, settings),
     }
+    unknown = [name for name in parts if name not in jobs]
+    if unknown:
+        raise InputError(f"unknown parts {', '.join(unknown)}: choose from {', '.join(jobs)}")
     results: dict[str, Scores] = {}
     shown: Shown = []
     for name in parts:
@@ -94,18 +98,24 @@ def table(results: dict[str, Scores]) -> str:
     return "\n".join(lines)
 
 
-def _scenes(config: WorldConfig, count: int, seed: int, held_out: bool | None, what: str) -> Iterator[tuple[
-    int, Scene, np.random.Generator
-]]:  # fmt: skip
+def _scenes(
+    config: WorldConfig, count: int, seed: int, held_out: bool | None, what: str
+) -> Iterator[tuple[int, Scene, np.random.Generator]]:
+    """(number, scene, source of randomness for what is said of it)."""
     for index in tqdm(range(count), desc=what, leave=False):
         rng = np.random.default_rng((987_654, seed, index))
         yield index, draw_scene(rng, config, held_out=held_out), rng
 
 
 def _draw(
-    pipeline: LancePipeline, config: WorldConfig, count: int, seed: int, held_out: bool, shown: Shown,
+    pipeline: LancePipeline,
+    config: WorldConfig,
+    count: int,
+    seed: int,
+    held_out: bool,
+    shown: Shown,
     settings: dict,
-) -> Scores:  # fmt: skip
+) -> Scores:
     """Pictures of captions: each attribute that the caption states."""
     tally = Tally()
     for index, scene, rng in _scenes(config, count, seed, held_out, "draw"):

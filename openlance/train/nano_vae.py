@@ -29,6 +29,7 @@ SIDE = nano().sizes.image  # pixels of a whole picture
 CROP = 48  # pixels of a crop around a shape
 FOREGROUND = 4.0  # how much more a pixel of a shape weighs than one of the ground
 KL = 1e-5
+LATER = 0.05  # keeps latents of later frames as small as those of the first, which is a picture's
 RATE_MATRICES, RATE_REST = 0.02, 2e-3
 
 # (pixels, noise of the posterior) -> (decoded pixels, mean, log-variance of the latents)
@@ -132,6 +133,9 @@ def losses(run: Pass, pixels: Tensor, weight: Tensor) -> tuple[Tensor, float]:
     squared = difference.square()
     kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
     loss = (weight * (difference.abs() + squared)).mean() / weight.mean() + KL * kl
+    if frames > 1:
+        first, later = mean[:, :, :1].detach(), mean[:, :, 1:]
+        loss = loss + LATER * later.square().mean() / first.square().mean()
     return loss, squared.mean().item()
 
 
