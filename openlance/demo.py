@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -12,7 +11,7 @@ from typing import Any
 from PIL import Image
 
 from openlance.data.frames import Video
-from openlance.data.save import check_folder, contact_sheet, save_image, save_video
+from openlance.data.save import check_folder, contact_sheet, save_image, save_json, save_video
 from openlance.infer.pipeline import LancePipeline
 from openlance.infer.result import Generated
 from openlance.world import Claims, Scene, Thing, check, describe, kept, render, render_clip
@@ -127,7 +126,7 @@ def run(pipeline: LancePipeline, out: Path, *, seed: int = 1, **settings: Any) -
     _ask(demo)
     _film(demo)
     _write_answers(demo)
-    contact_sheet(demo.sheet).save(out / "sheet.png")
+    save_image(contact_sheet(demo.sheet), out / "sheet.png")
     judged = [row.right for row in demo.rows if row.right is not None]
     seconds = time.perf_counter() - start
     print(
@@ -219,8 +218,7 @@ def _write_answers(demo: Demo) -> None:
         {"task": row.task, "question": row.asked, "answer": row.result, "right": row.right,
          "seconds": round(row.seconds, 2)} for row in answers
     ]  # fmt: skip
-    text = json.dumps(records, indent=1, ensure_ascii=False)
-    (demo.out / "answers.json").write_text(text + "\n", encoding="utf-8")
+    save_json(records, demo.out / "answers.json")
 
 
 def _line(row: Row) -> str:

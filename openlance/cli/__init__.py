@@ -48,8 +48,10 @@ def main(args: Sequence[str] | None = None) -> int:
             sys.stdout.flush()  # here, where a reader that has gone away can be dealt with
     except InputError as error:
         return _fail(str(error), 2)
-    except MemoryError as error:
-        return _fail(f"out of memory ({error}): `openlance info` says what each task needs", 1)
+    except (MemoryError, RuntimeError) as error:
+        if not _out_of_memory(error):
+            raise
+        return _fail("out of memory: try --dtype bfloat16 or a smaller size (see `openlance info`)", 1)
     except KeyboardInterrupt:
         return _fail("stopped", INTERRUPTED)
     except BrokenPipeError:
@@ -79,6 +81,12 @@ def app(brief: bool = False) -> SubcommandApp:
     commands.command(train, name="train", help="Train a model.")
     commands.command(evaluate, name="eval", help="Measure a model.")
     return commands
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """Whether memory ran out: Python's, a device's (an error class of torch), or torch's on the CPU."""
+    cpu = "can't allocate memory" in str(error)
+    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or cpu
 
 
 def _fail(message: str, code: int) -> int:

@@ -117,6 +117,7 @@ def train_nano(
       openlance train nano
       openlance generate "a red circle" --model runs/nano/nano
     """
+    from openlance.data.save import check_folder
     from openlance.train.nano import NanoRecipe
     from openlance.train.nano import train_nano as train
 
@@ -126,6 +127,7 @@ def train_nano(
             raise InputError("steps and batch must be at least 1")
         return replace(config, **changes)
 
+    check_folder(run_dir / "model.pt")
     recipe = NanoRecipe()
     changes: dict[str, Any] = {"vae_minutes": vae_minutes, "vision_minutes": vision_minutes, "items": items}
     changes = {name: value for name, value in changes.items() if value is not None}
@@ -151,9 +153,12 @@ def nano_bench(
     For example:
       openlance eval nano-bench --count 100 --out scores
     """
+    from openlance.data.save import check_folder
     from openlance.eval.nano_bench import run, table
     from openlance.sequence.template import Task
 
+    if out is not None:
+        check_folder(out / "scores.json")
     if min(count, clips) < 1:
         raise InputError("--count and --clips must be at least 1")
     check_seed(seed)

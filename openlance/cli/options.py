@@ -165,12 +165,17 @@ class TextOptions:
     stop: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """End before this text; can be given several times."""
     seed: Maybe[int] = None
-    """Makes drawn words repeatable."""
+    """The same seed draws the same words. Default: one is drawn, and said."""
 
     def settings(self) -> dict[str, Any]:
-        """Arguments for the pipeline. Raises InputError."""
+        """Arguments for the pipeline, a seed always among them. Raises InputError."""
         self.config()
-        return given(self) | {"seed": check_seed(self.seed)}
+        seed = check_seed(self.seed)
+        if seed is None:
+            from openlance.infer.pipeline import new_seed
+
+            seed = new_seed()
+        return given(self) | {"seed": seed}
 
     def config(self) -> TextConfig:
         """What the options come to."""

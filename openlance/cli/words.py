@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import time
@@ -52,6 +51,8 @@ def ask(
       openlance ask clip.mp4
       openlance ask "how many shapes are there?" shapes.png --out answer.json
     """
+    from openlance.data.save import save_json
+
     content = [part for part in map(_part, parts) if part["type"] == "media" or part["text"].strip()]
     if not content:
         raise InputError("nothing is asked: give a question, or something to look at")
@@ -64,16 +65,14 @@ def ask(
     answer = "".join(_aloud(stream))
     seconds = time.perf_counter() - start
     if not load.quiet:
-        _note(stream, seconds)
+        _note(stream, seconds, settings)
     if target is not None:
         asked = [str(part.get("media", part.get("text"))) for part in content]
         record = {
             "task": "ask", "parts": asked, "model": pipeline.config.name, "seed": settings["seed"],
             "text": to_dict(text.config()),
         }  # fmt: skip
-        target.write_text(
-            json.dumps({"answer": answer, "openlance": record}, indent=1, ensure_ascii=False) + "\n"
-        )
+        save_json({"answer": answer, "openlance": record}, target)
 
 
 def chat(
@@ -161,7 +160,7 @@ class Conversation:
             self.messages += [said, {"role": "assistant", "content": answer}]
             self.shown = []
         if not self.quiet:
-            _note(stream, time.perf_counter() - start)
+            _note(stream, time.perf_counter() - start, self.settings)
 
 
 def _part(text: str) -> Part:
@@ -181,9 +180,10 @@ def _aloud(stream: Iterable[str]) -> Iterator[str]:
     print(flush=True)
 
 
-def _note(stream: TextStream, seconds: float) -> None:
+def _note(stream: TextStream, seconds: float, settings: dict[str, Any]) -> None:
+    seed = f", seed {settings['seed']}" if settings.get("temperature") else ""
     cut = ", cut at the limit" if stream.finish == "length" else ""
-    print(f"({stream.tokens} tokens, {seconds:.1f} s{cut})", file=sys.stderr)
+    print(f"({stream.tokens} tokens, {seconds:.1f} s{seed}{cut})", file=sys.stderr)
 
 
 def _lines() -> Iterator[str]:
@@ -210,5 +210,4 @@ def _json_target(path: Path | None) -> Path | None:
         if path.suffix.lower() != ".json":
             raise InputError(f"{path}: the name must end in .json")
         check_folder(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
     return path

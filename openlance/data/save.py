@@ -79,6 +79,14 @@ def save_video(frames: Frames, path: str | Path, fps: float, settings: Settings 
     return path
 
 
+def save_json(data: Any, path: str | Path) -> Path:
+    """Write data as JSON; gives the absolute path. Raises InputError for a path that cannot be written."""
+    path = Path(path).absolute()
+    with _writing(path) as part:
+        part.write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    return path
+
+
 def read_settings(source: str | Path | bytes) -> dict[str, Any]:
     """The settings that a picture or clip was saved with.
 
