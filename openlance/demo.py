@@ -105,9 +105,9 @@ class Demo:
 
     def _add(self, row: Row) -> None:
         self.rows.append(row)
-        shown = f"{row.asked}\n→ {row.result}" if isinstance(row.result, str) else row.result
+        shown = f"{row.asked}\n{row.result}" if isinstance(row.result, str) else row.result
         self.sheet.append(
-            (f"{row.task}: {row.asked}" + {True: " ✓", False: " ✗", None: ""}[row.right], shown)
+            (f"{row.task}: {row.asked}" + {True: " (right)", False: " (wrong)", None: ""}[row.right], shown)
         )
         print(_line(row), flush=True)
 

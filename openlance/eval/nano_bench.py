@@ -98,6 +98,10 @@ def table(results: dict[str, Scores]) -> str:
     return "\n".join(lines)
 
 
+def _mark(right: bool) -> str:
+    return "right" if right else "wrong"
+
+
 def _scenes(
     config: WorldConfig, count: int, seed: int, held_out: bool | None, what: str
 ) -> Iterator[tuple[int, Scene, np.random.Generator]]:
@@ -126,7 +130,7 @@ def _draw(
         for name in ATTRIBUTES:
             tally.mark(name, getattr(verdict, name))
         if index < 8:
-            shown.append((f"{'✓' if verdict.all else '✗'} {words}", made.image))
+            shown.append((f"{_mark(verdict.all)}: {words}", made.image))
     return tally.scores()
 
 
@@ -142,7 +146,9 @@ def _ask(pipeline: LancePipeline, count: int, seed: int, shown: Shown) -> Scores
         tally.mark("all", answer == asked.answer)
         tally.mark(asked.kind, answer == asked.answer)
         if index < 4:
-            shown.append((f"{asked.question} → {answer} ({asked.answer})", Image.fromarray(picture)))
+            shown.append(
+                (f"{_mark(answer == asked.answer)}: {asked.question} {answer}", Image.fromarray(picture))
+            )
     return tally.scores()
 
 
@@ -160,7 +166,7 @@ def _edit(pipeline: LancePipeline, count: int, seed: int, shown: Shown, settings
         tally.mark("made", verdict.made)
         tally.mark("kept", verdict.kept)
         if index < 6:
-            shown += [("before", before), (f"{'✓' if verdict.all else '✗'} {change.instruction}", made.image)]
+            shown += [("before", before), (f"{_mark(verdict.all)}: {change.instruction}", made.image)]
     return tally.scores()
 
 
