@@ -125,10 +125,11 @@ def test_time_reaches_the_target_only() -> None:
 
 
 def test_the_place_of_a_latent_matters() -> None:
-    same = clean((1, 2, 2))
+    """Equal latents at one rotary position differ by the table of places alone."""
+    same = clean((2, 2, 2))
     same = replace(same, latents=torch.ones_like(same.latents))
-    _, out = run([[samples()["t2i"][0], same]], [1.0])
-    assert float(torch.pdist(out.velocity).min()) > 10 * ATOL
+    batch = pack([[same]], config(), positions=[[torch.zeros(3, len(same), dtype=torch.long)]])
+    assert float(torch.pdist(network()(batch).velocity).min()) > 10 * ATOL
 
 
 def test_latents_and_times_of_a_step_replace_the_batch() -> None:

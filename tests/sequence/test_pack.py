@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny import CHANNELS, GENERATING, config, samples, seen, target
+from tiny import CHANNELS, GENERATING, compose_task, config, samples, seen, target
 
 from openlance.sequence.mask import dense_mask
 from openlance.sequence.pack import pack, token_ids
 from openlance.sequence.segment import Kind, Role, Segment
+from openlance.sequence.template import Task
 
 ALL = list(samples().values())
 
@@ -77,6 +78,16 @@ def test_rows_hold_each_sample_once_with_its_own_mask() -> None:
     assert torch.equal(found, whole)
     listed = torch.cat([row[row < batch.tokens] for rows in batch.rows for row in rows])
     assert torch.equal(listed.sort().values, torch.arange(batch.tokens))
+
+
+@pytest.mark.parametrize("columns", [(3, 2), (2, 3)])
+def test_padding_is_seen_by_nobody(columns: tuple[int, int]) -> None:
+    """Whichever of a group is the shorter one: padding stands for no token, not for the batch's last."""
+    batch = pack([compose_task(Task.T2I, ["It."], target((1, 2, n))) for n in columns], config())
+    ((rows,), (masks,)) = batch.rows, batch.masks
+    real = rows < batch.tokens
+    assert not real.all()
+    assert not (masks & real[:, :, None] & ~real[:, None, :]).any()
 
 
 def test_no_mask_unless_it_is_asked_for() -> None:

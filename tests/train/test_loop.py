@@ -80,6 +80,22 @@ def test_the_same_seed_gives_the_same_run(tmp_path: Path) -> None:
     assert not torch.equal(runs["a"]["head.weight"], runs["c"]["head.weight"])
 
 
+def test_each_step_draws_anew(tmp_path: Path) -> None:
+    """The same samples get other times and other noise at another step."""
+    model, times, noisy = build_network(3), [], []
+
+    def note(module: Lance, given: tuple, options: dict) -> None:
+        times.append(float(given[0].times.max()))
+        noisy.append(options["latents"])
+
+    model.register_forward_pre_hook(note, with_kwargs=True)
+    train(model, lambda step: [samples()["t2i"]], RUN, tmp_path)
+    assert len(set(times)) == RUN.steps
+    clean = samples()["t2i"][-2].latents.flatten(0, 2)
+    drawn = [(x - (1 - t) * clean) / t for x, t in zip(noisy, times, strict=True)]
+    assert float(torch.pdist(torch.stack(drawn).flatten(1)).min()) > 1
+
+
 def test_a_loss_that_is_no_number_stops_the_run(tmp_path: Path) -> None:
     """Before the weights are touched, with the step; the saved state is the last sound one."""
     model = build_network(3)
