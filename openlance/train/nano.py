@@ -66,12 +66,12 @@ MIXTURE = {
 class NanoRecipe:
     """How long each part takes: minutes of the VAE and ViT, encoded items a kind, steps of the backbone."""
 
-    vae_minutes: float = 20.0
-    clip_minutes: float = 6.0
+    vae_minutes: float = 18.0
+    clip_minutes: float = 10.0
     vision_minutes: float = 9.0
-    items: tuple[int, ...] = (40_000, 8_000, 2_000, 1_500)  # images, edits, subjects, clips
-    words: TrainConfig = field(default_factory=lambda: TrainConfig(steps=1_000, decay=0.0))
-    train: TrainConfig = field(default_factory=lambda: TrainConfig(steps=4_000))
+    items: tuple[int, ...] = (20_000, 4_000, 1_000, 600)  # images, edits, subjects, clips
+    words: TrainConfig = field(default_factory=lambda: TrainConfig(steps=1_100, decay=0.0))
+    train: TrainConfig = field(default_factory=lambda: TrainConfig(steps=2_000))
 
 
 def train_nano(
