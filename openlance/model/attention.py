@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -110,7 +111,7 @@ def _padded_rows(q: Tensor, k: Tensor, v: Tensor, pattern: Rows) -> Tensor:
     return torch.zeros_like(q).index_copy(0, torch.cat(places), torch.cat(outs))
 
 
-def _flex(compiled: bool):  # type: ignore[no-untyped-def]
+def _flex(compiled: bool) -> Callable[..., Tensor]:
     from torch.nn.attention.flex_attention import flex_attention
 
     global _compiled_flex
@@ -121,4 +122,4 @@ def _flex(compiled: bool):  # type: ignore[no-untyped-def]
     return _compiled_flex
 
 
-_compiled_flex = None
+_compiled_flex: Callable[..., Tensor] | None = None
