@@ -235,6 +235,7 @@ def nano() -> ModelConfig:
         ),
         vae=replace(base.vae, base=16, decoder_base=16, residual_blocks=1, mean=(0.0,) * 48, std=(1.0,) * 48),
         mape=replace(base.mape, shift_understanding=True),
+        sampling=replace(base.sampling, steps=20, shift=3.0, guidance=2.5),
         sizes=Sizes(
             image=96, video=96, vit_image=112, vit_video=112, frames=9, fps=8.0, max_seconds=2.0
         ),
