@@ -25,7 +25,7 @@ from machine import about, describe, write
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from openlance.config import ModelConfig, SamplingConfig, TextConfig, TrainConfig, preset
+from openlance.config import ModelConfig, SamplingConfig, SpecialTokens, TextConfig, TrainConfig, preset
 from openlance.infer.generate import Step, denoise, speak
 from openlance.model.lance import Lance
 from openlance.model.vae import VAE
@@ -209,6 +209,8 @@ def main() -> None:
     device = torch.device(args.device)
     dtype = getattr(torch, args.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
     config = preset(args.preset)
+    if config.backbone.vocab <= config.tokens.im_start:  # a preset whose tokenizer is trained: any ids do
+        config = replace(config, tokens=SpecialTokens(*range(6)))
     if args.layers:
         config = replace(config, backbone=replace(config.backbone, layers=args.layers))
     sizes = config.sizes

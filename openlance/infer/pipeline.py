@@ -177,7 +177,8 @@ class LancePipeline:
         count = self._frames(frames)
         first = self._latents(image, options)
         latents = torch.zeros(self._latent_frames(count), *first.shape[1:])
-        latents[0], fixed = first[0], (0,)
+        latents[0] = first[0]
+        fixed: tuple[int, ...] = (0,)
         if last is not None:
             ending = self._latents(last, options)
             if ending.shape != first.shape:
@@ -293,9 +294,9 @@ class LancePipeline:
         target = self._target(order)
         other = [part for part in order.parts if not isinstance(part, str)]
         away = self._sample(replace(order, parts=[*other, negative]), target) if negative else None
-        noise = torch.randn(
-            *target.grid, self.config.vae.channels, generator=torch.Generator().manual_seed(seed)
-        )
+        assert target.grid is not None
+        generator = torch.Generator().manual_seed(seed)
+        noise = torch.randn(*target.grid, self.config.vae.channels, generator=generator)
         seconds: dict[str, float] = {}
         with _timed(seconds, "denoise"):
             sample = self._sample(order, target)
@@ -381,7 +382,9 @@ class LancePipeline:
         resolutions = Resolutions.of(self.config.sizes, video=video)
         posterior = None
         if options.get("sample_posterior", self.config.sampling.sample_posterior):
-            posterior = torch.Generator().manual_seed(options["seed"])
+            seed = options["seed"]
+            assert seed is not None, "_seeded gives every call a seed"
+            posterior = torch.Generator().manual_seed(seed)
         return view(media, resolutions, self.config, self.vae, semantic=semantic, posterior=posterior)
 
     def _latents(self, source: Source | Generated, options: Options) -> Tensor:

@@ -52,7 +52,8 @@ class Workspace:
 
     def __init__(self, context: list[tuple[Tensor, Tensor]], length: int, room: int):
         self.length = length
-        self._keys, self._values = [], []
+        self._keys: list[Tensor] = []
+        self._values: list[Tensor] = []
         for key, value in context:
             for buffers, tensor in ((self._keys, key), (self._values, value)):
                 buffer = tensor.new_empty(length + room, *tensor.shape[1:])

@@ -25,7 +25,7 @@ class TimeEmbed(nn.Sequential):
         super().__init__(nn.Linear(TIME_FEATURES, hidden), nn.SiLU(), nn.Linear(hidden, hidden))
 
     def forward(self, t: Tensor) -> Tensor:
-        return super().forward(time_features(t).to(self[0].weight.dtype))
+        return super().forward(time_features(t).to(next(self.parameters()).dtype))
 
 
 def place_features(grid: Tensor, hidden: int) -> Tensor:

@@ -61,14 +61,16 @@ class DualLayer(nn.ModuleDict):
         layer: int,
     ) -> dict[str, Tensor]:
         """halves: each present expert's tokens [n, hidden]; table: rotary (cos, sin) of all tokens."""
+        experts: dict[str, ExpertLayer] = {name: self[name] for name in halves}  # type: ignore[misc]
         q, k, v = (
             parts[0] if len(parts) == 1 else torch.cat(parts)
-            for parts in zip(*(self[name].qkv(x) for name, x in halves.items()), strict=True)
+            for parts in zip(*(experts[name].qkv(x) for name, x in halves.items()), strict=True)
         )
         q, k = rotate(q, table), rotate(k, table)
         if cache is not None:
             k, v = cache.update(layer, k, v)
         attended = attention(q, k, v, pattern).split([len(x) for x in halves.values()])
         return {
-            name: self[name].finish(x, part) for (name, x), part in zip(halves.items(), attended, strict=True)
+            name: experts[name].finish(x, part)
+            for (name, x), part in zip(halves.items(), attended, strict=True)
         }

@@ -65,7 +65,8 @@ class Rotary(Qwen2_5_VLVisionRotaryEmbedding):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Rotary:
         super()._apply(fn, recurse)
-        frequencies, _ = self.compute_axial_rope_parameters(self.config, device=self.inv_freq.device)
+        device = self.get_buffer("inv_freq").device
+        frequencies, _ = self.compute_axial_rope_parameters(self.config, device=device)
         self.inv_freq = frequencies
         self.original_inv_freq = frequencies.clone()
         return self

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from openlance.config import TrainConfig, to_dict
@@ -113,7 +113,7 @@ def train(
     NonFiniteLoss with the step, and InputError for a state file of another model.
     """
     run_dir.mkdir(parents=True, exist_ok=True)
-    trained = [p for key, p in model.named_parameters() if not key.startswith("vision.")]
+    trained = _trained(model)
     optimizer = torch.optim.AdamW(
         trained, config.learning_rate, config.betas, config.eps, weight_decay=0.0, fused=True
     )
@@ -144,8 +144,17 @@ def train(
     return state.ema
 
 
+def _trained(model: Lance) -> list[nn.Parameter]:
+    """Everything but the vision tower."""
+    return [p for name, p in model.named_parameters() if not name.startswith("vision.")]
+
+
 def _step(
-    state: State, samples: list[Sample], config: TrainConfig, trained: list[Tensor], vocabulary: int | None
+    state: State,
+    samples: list[Sample],
+    config: TrainConfig,
+    trained: list[nn.Parameter],
+    vocabulary: int | None,
 ) -> dict[str, float]:
     """One update; its mean losses."""
     generator = torch.Generator().manual_seed(config.seed * 1_000_003 + state.step)
@@ -163,7 +172,6 @@ def _step(
     state.optimizer.step()
     decay = min(config.ema, (1 + state.step) / (10 + state.step))
     with torch.no_grad():
-        torch._foreach_lerp_(
-            [p for k, p in state.ema.named_parameters() if not k.startswith("vision.")], trained, 1 - decay
-        )
+        for averaged, parameter in zip(_trained(state.ema), trained, strict=True):
+            averaged.lerp_(parameter, 1 - decay)
     return {k: float(v.detach().mean()) for k, v in (("ce", found.ce), ("mse", found.mse)) if len(v)}

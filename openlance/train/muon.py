@@ -53,7 +53,8 @@ def orthogonal(matrix: Tensor, steps: int = 5) -> Tensor:
 
 def split_parameters(module: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
     """(weights for Muon, the rest: biases, gains and whatever has no two dimensions above 1)."""
-    matrices, rest = [], []
+    matrices: list[Tensor] = []
+    rest: list[Tensor] = []
     for parameter in module.parameters():
         wide = parameter.dim() >= 2 and parameter.shape[0] > 1 and parameter[0].numel() > 1
         (matrices if wide else rest).append(parameter)

@@ -6,7 +6,6 @@ also save as they go, so that a stopped run goes on where it was.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from openlance.config import ModelConfig, TrainConfig, VAEConfig, nano
+from openlance.config import ModelConfig, TrainConfig, nano
 from openlance.data.tasks import to_sample
 from openlance.model.checkpoint import save_pretrained
 from openlance.model.lance import Lance
@@ -26,7 +25,7 @@ from openlance.sequence.template import Task
 from openlance.tokenizer import Tokenizer, train_tokenizer
 from openlance.train.loop import Samples, train
 from openlance.train.nano_data import CLIP, KINDS, EncodedWorld, encode_features, encode_latents, stored
-from openlance.train.nano_vae import train_clips, train_vae
+from openlance.train.nano_vae import read_vae_config, train_clips, train_vae
 from openlance.train.nano_vision import train_vision
 from openlance.world import vocabulary_texts
 
@@ -142,6 +141,6 @@ def nano_tokenizer(folder: Path) -> Tokenizer:
 
 def nano_config(run_dir: Path, tokenizer: Tokenizer) -> ModelConfig:
     """The preset with what training found: the tokenizer's special ids and the latents' statistics."""
-    found = json.loads((run_dir / "vae.json").read_text())["config"]
-    vae = VAEConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in found.items()})
-    return replace(nano(), vae=vae, tokens=tokenizer.special, system_prompts=SYSTEM_PROMPTS)
+    return replace(
+        nano(), vae=read_vae_config(run_dir), tokens=tokenizer.special, system_prompts=SYSTEM_PROMPTS
+    )

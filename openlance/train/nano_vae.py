@@ -11,6 +11,7 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -80,7 +81,8 @@ def train_vae(
         whole = progress > 0.85 and run.step % 4 == 0
         pixels, weight = batch(run.rng, 1, 8 if whole else 16, SIDE if whole else CROP)
         update(plain if whole else crops, pixels, weight, optimizers, run, progress)
-    config = dataclasses.replace(vae.config, **statistics(vae))
+    mean, std = statistics(vae)
+    config = dataclasses.replace(vae.config, mean=mean, std=std)
     return finish(vae, config, run_dir, run)
 
 
@@ -93,8 +95,7 @@ def train_clips(run_dir: Path, minutes: float, seed: int = 0, threads: int = 1) 
     torch.set_num_threads(threads)
     torch.manual_seed(seed)
     run_dir = Path(run_dir)
-    found = json.loads((run_dir / "vae.json").read_text())["config"]
-    vae = VAE(VAEConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in found.items()}))
+    vae = VAE(read_vae_config(run_dir))
     vae.load_state_dict(load_file(run_dir / "vae.safetensors"))
     start_from_pictures(vae)
     optimizers = _optimizers(*hold_pictures(vae))
@@ -154,7 +155,7 @@ def draw(rng: np.random.Generator, frames: int, side: int) -> tuple[np.ndarray, 
     scene = sample_scene(rng, config)
     clip = render_clip(scene, frames, SIDE)
     ground = render(Scene(scene.ground, scene.texture), SIDE).astype(np.int16)
-    shapes = (np.abs(clip - ground) > 8).any(axis=-1)
+    shapes = np.any(np.abs(clip - ground) > 8, axis=-1, keepdims=True)[..., 0]
     if side == SIDE:
         return clip, shapes
     spots = np.argwhere(shapes.any(axis=0))
@@ -238,15 +239,19 @@ def plain_pass(vae: VAE) -> Pass:
 
 
 @torch.no_grad()
-def statistics(vae: VAE) -> dict[str, tuple[float, ...]]:
-    """`mean` and `std` of the latents of pictures, one number each for all channels (better than many)."""
+def statistics(vae: VAE) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """(mean, std) of the latents of pictures, one number each for all channels (better than many)."""
     rng = np.random.default_rng(10**6)
     latents = vae.posterior(batch(rng, 1, 64, SIDE)[0])[0]
     channels = vae.config.channels
-    return {
-        "mean": (round(latents.mean().item(), 5),) * channels,
-        "std": (round(latents.std().item(), 5),) * channels,
-    }
+    return (round(latents.mean().item(), 5),) * channels, (round(latents.std().item(), 5),) * channels
+
+
+def read_vae_config(run_dir: Path) -> VAEConfig:
+    """The configuration that training wrote to `run_dir/vae.json`."""
+    found: dict[str, Any] = json.loads((run_dir / "vae.json").read_text())["config"]
+    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in found.items()}
+    return VAEConfig(**values)
 
 
 @torch.no_grad()
