@@ -105,10 +105,8 @@ class Demo:
 
     def _add(self, row: Row) -> None:
         self.rows.append(row)
-        shown = f"{row.asked}\n{row.result}" if isinstance(row.result, str) else row.result
-        self.sheet.append(
-            (f"{row.task}: {row.asked}" + {True: " (right)", False: " (wrong)", None: ""}[row.right], shown)
-        )
+        verdict = {True: " (right)", False: " (wrong)", None: ""}[row.right]
+        self.sheet.append((f"{row.task}: {row.asked}{verdict}", row.result))
         print(_line(row), flush=True)
 
 
@@ -120,21 +118,26 @@ def run(pipeline: LancePipeline, out: Path, *, seed: int = 1, **settings: Any) -
     start = time.perf_counter()
     check_folder(out / "sheet.png")
     demo = Demo(pipeline, out, seed, settings)
-    print(f"{'task':14}{'asked':58}{'right':>6}{'seconds':>9}")
+    print(f"{'task':12}{'right':6}{'seconds':>7}  asked")
     _draw(demo)
     _edit(demo)
     _ask(demo)
     _film(demo)
     _write_answers(demo)
-    save_image(contact_sheet(demo.sheet), out / "sheet.png")
+    kinds = (Image.Image, str, Video)  # clips take rows of their own, so they come last
+    sheet = sorted(
+        demo.sheet, key=lambda item: next(i for i, k in enumerate(kinds) if isinstance(item[1], k))
+    )
+    save_image(contact_sheet(sheet), out / "sheet.png")
     judged = [row.right for row in demo.rows if row.right is not None]
     seconds = time.perf_counter() - start
     print(
         f"\n{sum(judged)} of {len(judged)} right, {seconds:.1f} s in all. Look at {out / 'sheet.png'} first."
     )
     if pipeline.config.name == "nano":
-        millions = sum(parameter.numel() for parameter in pipeline.model.parameters()) / 1e6
-        print("\n" + LIMITS.format(millions=millions))
+        parts = [pipeline.model, *([] if pipeline.vae is None else [pipeline.vae])]
+        count = sum(parameter.numel() for part in parts for parameter in part.parameters())
+        print("\n" + LIMITS.format(millions=count / 1e6))
     return demo.rows
 
 
@@ -224,4 +227,4 @@ def _write_answers(demo: Demo) -> None:
 def _line(row: Row) -> str:
     said = f"{row.asked} → {row.result}" if isinstance(row.result, str) else row.asked
     right = {True: "yes", False: "no", None: ""}[row.right]
-    return f"{row.task:14}{said:58}{right:>6}{row.seconds:9.1f}"
+    return f"{row.task:12}{right:6}{row.seconds:7.1f}  {said}"

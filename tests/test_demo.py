@@ -53,5 +53,5 @@ def test_demo_on_nano(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     rows = run(LancePipeline.from_pretrained("nano"), tmp_path / "demo")
     check_output(tmp_path / "demo", rows)
     assert "nano has" in capsys.readouterr().out
-    judged = [row.right for row in rows if row.right is not None]
-    assert sum(judged) >= len(judged) / 2
+    answers = [row.right for row in rows if isinstance(row.result, str) and row.right is not None]
+    assert sum(answers) >= len(answers) - 2
