@@ -102,7 +102,8 @@ def train_nano(
     steps: Annotated[int | None, option("Of the whole backbone, on all tasks.")] = None,
     word_steps: Annotated[int | None, option("Of the understanding expert before that.")] = None,
     batch: Annotated[int | None, option("Samples a step.")] = None,
-    vae_minutes: Annotated[float | None, option("For the VAE.")] = None,
+    vae_minutes: Annotated[float | None, option("For the VAE on pictures.")] = None,
+    clip_minutes: Annotated[float | None, option("For the VAE on clips.")] = None,
     vision_minutes: Annotated[float | None, option("For the vision tower.")] = None,
     items: Annotated[
         tuple[int, int, int, int] | None, option("Encoded images, edits, subjects and clips.")
@@ -129,7 +130,9 @@ def train_nano(
 
     check_folder(run_dir / "model.pt")
     recipe = NanoRecipe()
-    changes: dict[str, Any] = {"vae_minutes": vae_minutes, "vision_minutes": vision_minutes, "items": items}
+    changes: dict[str, Any] = {
+        "vae_minutes": vae_minutes, "clip_minutes": clip_minutes, "vision_minutes": vision_minutes, "items": items,
+    }  # fmt: skip
     changes = {name: value for name, value in changes.items() if value is not None}
     changes |= {"words": stage(recipe.words, word_steps), "train": stage(recipe.train, steps)}
     print(train(run_dir, replace(recipe, **changes), threads=threads))
