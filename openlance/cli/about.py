@@ -131,7 +131,8 @@ def train_nano(
     check_folder(run_dir / "model.pt")
     recipe = NanoRecipe()
     changes: dict[str, Any] = {
-        "vae_minutes": vae_minutes, "clip_minutes": clip_minutes, "vision_minutes": vision_minutes, "items": items,
+        "vae_minutes": vae_minutes, "clip_minutes": clip_minutes, "vision_minutes": vision_minutes,
+        "items": items,
     }  # fmt: skip
     changes = {name: value for name, value in changes.items() if value is not None}
     changes |= {"words": stage(recipe.words, word_steps), "train": stage(recipe.train, steps)}
