@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from openlance.config import VAEConfig, nano
-from openlance.model.vae import PIXEL_PATCH, VAE
+from openlance.model.vae import VAE
 from openlance.train.muon import Muon, split_parameters
 from openlance.train.timed import TimedRun, set_rate
 from openlance.world import MOTIONS, TEXTURES, WORDS, Scene, WorldConfig, render, render_clip, sample_scene
@@ -33,8 +32,6 @@ KL = 1e-5
 LATER = 0.05  # keeps latents of later frames as small as those of the first, which is a picture's
 RATE_MATRICES, RATE_REST = 0.02, 2e-3
 
-# (pixels, noise of the posterior) -> (decoded pixels, mean, log-variance of the latents)
-Pass = Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
 Optimizers = tuple[Muon, torch.optim.AdamW]
 
 PLAIN = WorldConfig(max_things=3)
@@ -59,28 +56,24 @@ def train_vae(
     seed: int = 0,
     threads: int = 1,
     config: VAEConfig | None = None,
-    compiled: bool = True,
 ) -> dict:
     """Train on pictures for `minutes` in all, going on from `run_dir/vae.pt` where it is.
 
     Writes `vae.safetensors` (names of `VAE.state_dict()`) and `vae.json` (configuration with the measured
-    mean and std, PSNR in dB), and returns what `vae.json` holds. `compiled` doubles the speed after some
-    minutes of compiling, which do not count and which later runs find in torch's cache.
+    mean and std, PSNR in dB), and returns what `vae.json` holds.
     """
     torch.set_num_threads(threads)
     torch.manual_seed(seed)
     run_dir = Path(run_dir)
     vae = VAE(config or nano().vae)
     start_from_pictures(vae)
-    plain = plain_pass(vae)
-    crops = compiled_picture_pass(vae) if compiled else plain
     optimizers = _optimizers(*split_parameters(vae))
     parts = {"vae": vae, "muon": optimizers[0], "adamw": optimizers[1]}
     run = TimedRun(run_dir / "vae.pt", minutes, parts, np.random.default_rng(seed))
     for progress in run.progress():
         whole = progress > 0.85 and run.step % 4 == 0
         pixels, weight = batch(run.rng, 1, 8 if whole else 16, SIDE if whole else CROP)
-        update(plain if whole else crops, pixels, weight, optimizers, run, progress)
+        update(vae, pixels, weight, optimizers, run, progress)
     mean, std = statistics(vae)
     config = dataclasses.replace(vae.config, mean=mean, std=std)
     return finish(vae, config, run_dir, run)
@@ -101,18 +94,17 @@ def train_clips(run_dir: Path, minutes: float, seed: int = 0, threads: int = 1) 
     optimizers = _optimizers(*hold_pictures(vae))
     parts = {"vae": vae, "muon": optimizers[0], "adamw": optimizers[1]}
     run = TimedRun(run_dir / "clips.pt", minutes, parts, np.random.default_rng(seed))
-    plain = plain_pass(vae)
     for progress in run.progress():
         pixels, weight = batch(run.rng, *((9, 1) if run.step % 3 == 0 else (5, 2)), CROP)
-        update(plain, pixels, weight, optimizers, run, progress)
+        update(vae, pixels, weight, optimizers, run, progress)
     return finish(vae, vae.config, run_dir, run)
 
 
 def update(
-    run_pass: Pass, pixels: Tensor, weight: Tensor, optimizers: Optimizers, run: TimedRun, progress: float
+    vae: VAE, pixels: Tensor, weight: Tensor, optimizers: Optimizers, run: TimedRun, progress: float
 ) -> None:
     """One step of both optimisers on a batch."""
-    loss, error = losses(run_pass, pixels, weight)
+    loss, error = losses(vae, pixels, weight)
     loss.backward()
     for optimizer, rate in zip(optimizers, (RATE_MATRICES, RATE_REST), strict=True):
         set_rate(optimizer, rate, progress)
@@ -125,11 +117,12 @@ def _optimizers(matrices: list[Tensor], rest: list[Tensor]) -> Optimizers:
     return Muon(matrices, lr=RATE_MATRICES), torch.optim.AdamW(rest, lr=RATE_REST, weight_decay=0.0)
 
 
-def losses(run: Pass, pixels: Tensor, weight: Tensor) -> tuple[Tensor, float]:
+def losses(vae: VAE, pixels: Tensor, weight: Tensor) -> tuple[Tensor, float]:
     """(loss, mean squared error) of pixels [B, 3, T, H, W] in [-1, 1] with weights [B, 1, T, H, W]."""
     batch, _, frames, height, width = pixels.shape
     noise = torch.randn(batch, 48, (frames - 1) // 4 + 1, height // 16, width // 16)
-    decoded, mean, logvar = run(pixels, noise)
+    mean, logvar = vae.posterior(pixels)
+    decoded = vae.reconstruct(mean + noise * torch.exp(0.5 * logvar))
     difference = decoded - pixels
     squared = difference.square()
     kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
@@ -203,39 +196,6 @@ def _without_last_slice(gradient: Tensor) -> Tensor:
     gradient = gradient.clone()
     gradient[:, :, -1] = 0
     return gradient
-
-
-def picture_pass(vae: VAE) -> Pass:
-    """The pass of pictures without the bookkeeping that clips need."""
-
-    def run(pixels: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        frames = wan.patchify(pixels, PIXEL_PATCH)
-        mean, logvar = vae.net.quant_conv(vae.net.encoder(frames)).chunk(2, dim=1)
-        latents = vae.net.post_quant_conv(mean + noise * torch.exp(0.5 * logvar))
-        return wan.unpatchify(vae.net.decoder(latents, first_chunk=True), PIXEL_PATCH), mean, logvar
-
-    return run
-
-
-def compiled_picture_pass(vae: VAE) -> Pass:
-    """`picture_pass` compiled for batches of 16 crops, forwards and backwards."""
-    run = torch.compile(picture_pass(vae), dynamic=False)
-    decoded, mean, logvar = run(
-        torch.zeros(16, 3, 1, CROP, CROP), torch.zeros(16, 48, 1, CROP // 16, CROP // 16)
-    )
-    (decoded.mean() + mean.mean() + logvar.mean()).backward()
-    vae.zero_grad(set_to_none=True)
-    return run
-
-
-def plain_pass(vae: VAE) -> Pass:
-    """The pass of pictures and clips of any size."""
-
-    def run(pixels: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        mean, logvar = vae.posterior(pixels)
-        return vae.reconstruct(mean + noise * torch.exp(0.5 * logvar)), mean, logvar
-
-    return run
 
 
 @torch.no_grad()
