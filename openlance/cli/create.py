@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -22,8 +23,8 @@ from openlance.cli.options import (
 from openlance.errors import InputError
 
 if TYPE_CHECKING:
-    from openlance.infer.pipeline import LancePipeline
-    from openlance.infer.result import Generated
+    from openlance.infer.generate import Step
+    from openlance.infer.orders import GenerateOrder, Orders
 
 Prompt = Annotated[Positional[str | None], option("What you want, in words; --like can bring it.")]
 Size = Annotated[
@@ -49,7 +50,7 @@ def generate(
       openlance generate --like openlance-0001.png --guidance 6
     """
     request = Request(("t2i",), prompt, output, sampling, load)
-    request.run(lambda pipeline: pipeline.generate_image, clip=False, size=parse_size(size))
+    request.run(lambda order: order.generate_image, clip=False, size=parse_size(size))
 
 
 def video(
@@ -68,7 +69,7 @@ def video(
       openlance video "a car on a coast road" --model ./Lance --size 480x832 --frames 49 --out car.mp4
     """
     request = Request(("t2v",), prompt, output, sampling, load)
-    request.run(lambda pipeline: pipeline.generate_video, clip=True, size=parse_size(size), frames=frames)
+    request.run(lambda order: order.generate_video, clip=True, size=parse_size(size), frames=frames)
 
 
 def animate(
@@ -90,7 +91,7 @@ def animate(
     request = Request(("i2v",), prompt, output, sampling, load)
     ends = [image] if last is None else [image, last]
     check_media(*ends)
-    request.run(lambda pipeline: pipeline.animate, clip=True, image=image, last=last, frames=frames)
+    request.run(lambda order: order.animate, clip=True, image=image, last=last, frames=frames)
 
 
 def edit(
@@ -109,7 +110,7 @@ def edit(
     """
     request = Request(("image_edit", "video_edit"), prompt, output, sampling, load)
     clip = hasattr(check_media(media)[0], "fps")
-    request.run(lambda pipeline: pipeline.edit, clip=clip, source=media)
+    request.run(lambda order: order.edit, clip=clip, source=media)
 
 
 def subject(
@@ -137,7 +138,7 @@ def subject(
     own = {"references": list(media), "video": video, "size": parse_size(size)}
     if video:
         own["frames"] = frames
-    request.run(lambda pipeline: pipeline.subject, clip=video, **own)
+    request.run(lambda order: order.subject, clip=video, **own)
 
 
 class Request:
@@ -157,12 +158,14 @@ class Request:
         self.settings = sampling.settings(self.like)
 
     def run(
-        self, method: Callable[[LancePipeline], Callable[..., Generated]], *, clip: bool, **own: Any
+        self, method: Callable[[Orders], Callable[..., GenerateOrder]], *, clip: bool, **own: Any
     ) -> None:
-        """Call a method of the pipeline once for each seed; save and report what it gives.
+        """Order what a method makes once for each seed, together; save and report each as it is done.
 
         own: the method's own arguments; size and frames that are None come from `--like`.
         """
+        from openlance.infer.result import Generated
+
         paths, seeds = self.output.paths(clip=clip), self.output.seeds(self.like)
         negative = self.output.negative
         own["negative_prompt"] = self.like.get("negative_prompt") if negative is None else negative
@@ -170,12 +173,19 @@ class Request:
             own["size"] = tuple(self.like["size"])
         if own.get("frames", ...) is None:
             own["frames"] = self.like.get("frames")
-        call = method(self.load.pipeline(self.tasks, self.like))
-        for seed, path in zip(seeds, paths, strict=True):
-            with progress(self.load.quiet) as on_step:
-                made = call(prompt=self.prompt, seed=seed, on_step=on_step, **own, **self.settings)
-            made.save(path)
-            print(f"{path}  seed {seed}  {sum(made.seconds.values()):.1f} s", flush=True)
+        pipeline = self.load.pipeline(self.tasks, self.like)
+        order = method(pipeline.order)
+        orders = [order(prompt=self.prompt, seed=seed, **own, **self.settings) for seed in seeds]
+        with progress(self.load.quiet) as advance:
+
+            def on_step(step: Step) -> None:
+                advance(replace(step, total=step.total * len(orders)))
+
+            for index, made in pipeline.run_each(orders, on_step=on_step):
+                assert isinstance(made, Generated), "the bar cancels nothing"
+                made.save(paths[index])
+                seconds = sum(made.seconds.values())
+                print(f"{paths[index]}  seed {seeds[index]}  {seconds:.1f} s", flush=True)
 
 
 def _read_like(path: Path | None, tasks: tuple[str, ...]) -> Settings:

@@ -1,9 +1,10 @@
-"""Generation on top of contexts: words one by one, latents by denoising."""
+"""Generation on top of contexts: latents by denoising, words one by one; several requests in one pass."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from openlance.flow.guidance import guide, guided_now
 from openlance.flow.path import time_grid
 from openlance.flow.solver import euler
 from openlance.infer.context import Context, encode
-from openlance.model.attention import CausalTail, Full
+from openlance.model.cache import Workspace
 from openlance.model.lance import Lance
 from openlance.sequence.pack import PackedBatch, pack
 from openlance.sequence.positions import mape_positions
@@ -27,46 +28,205 @@ class Cancelled(Exception):
 @dataclass(frozen=True, eq=False)
 class Step:
     """One denoising step done: its number from 1, of how many, and the latents so far
-    [frames, rows, columns, channels]."""
+    [frames, rows, columns, channels]. order: which of the requests that were given together, from 0."""
 
     number: int
     total: int
     latents: Tensor
+    order: int = 0
 
 
 OnStep = Callable[[Step], bool | None]
 """Called after each step; returning False cancels."""
 
 
+@dataclass(frozen=True, eq=False)
+class Target:
+    """What is to be denoised: the last segment of a sample.
+
+    noise: [frames, rows, columns, channels]; fixed frames are taken from the target's latents instead.
+    negative: the sample that guidance moves away from; default this one without the user's words.
+    """
+
+    sample: Sample
+    noise: Tensor
+    negative: Sample | None = None
+    reuse: Context | None = None
+
+    @property
+    def segment(self) -> Segment:
+        return self.sample[-1]
+
+    def start(self) -> Tensor:
+        """[n, channels] float32: the noise, and what is given of the fixed frames."""
+        noise, given = self.noise.flatten(0, 2).float(), self.segment.latents
+        if not self.segment.fixed_frames:
+            return noise
+        assert given is not None
+        return torch.where(self.segment.fixed_tokens()[:, None], given.flatten(0, 2).to(noise), noise)
+
+
+@dataclass(frozen=True, eq=False)
 class Branch:
-    """One guidance branch: its context laid out once, and everything of a step that does not change."""
+    """One guidance branch of a target: its context, and where the target then stands.
+
+    number: of the target. kind: 0 conditional, 1 what guidance moves away from, 2 that without what is shown.
+    """
+
+    number: int
+    kind: int
+    context: Context
+    segment: Segment
+    positions: Tensor
+
+
+def _branches(model: Lance, number: int, target: Target, config: SamplingConfig) -> list[Branch]:
+    """The conditional branch and, where guidance can act, what it moves away from.
+
+    They share the context that they have in common.
+    """
+
+    def branch(sample: Sample, reuse: Context | None, positions: list[Tensor] | None = None) -> Branch:
+        assert sample[-1].kind is Kind.NOISY, "the last segment is the target"
+        placed = mape_positions(sample, model.config.mape)
+        context = encode(model, sample[:-1], (positions or placed)[:-1], reuse)
+        return Branch(number, len(made), context, sample[-1], placed[-1])
+
+    sample, made = target.sample, []
+    made.append(branch(sample, target.reuse))
+    if config.guidance == 1.0 and config.visual_guidance is None:
+        return made
+    kept = [i for i, segment in enumerate(sample) if segment.role is not Role.USER]
+    uncond = [sample[i] for i in kept] if target.negative is None else target.negative
+    positions = None
+    if config.released_cached_sampler and target.negative is None:
+        placed = mape_positions(sample, model.config.mape)
+        positions = [placed[i] for i in kept]
+    made.append(branch(uncond, made[0].context, positions))
+    if config.visual_guidance is not None:
+        neither = [s for s in uncond if s.role not in (Role.USER, Role.SOURCE, Role.REFERENCE)]
+        made.append(branch(neither, made[0].context))
+    return made
+
+
+class Pass:
+    """One forward for several branches, with everything of it that no step changes.
+
+    streams: of the workspace, one a branch. rows: [g] where the branches' latents stand in the state.
+    """
 
     def __init__(
-        self,
-        model: Lance,
-        sample: Sample,
-        positions: list[Tensor] | None = None,
-        reuse: Context | None = None,
+        self, model: Lance, space: Workspace, streams: list[int], branches: list[Branch], rows: Tensor
     ):
-        target = sample[-1]
-        assert target.kind is Kind.NOISY, "the last segment is the target"
-        placed = mape_positions(sample, model.config.mape)
-        self.model = model
-        self.context = encode(model, sample[:-1], (positions or placed)[:-1], reuse)
-        batch = pack([[target]], model.config, positions=[[placed[-1]]], dense=False)
-        self.batch: PackedBatch = batch.to(model.device, model.dtype)
-        self.cache = self.context.cache.frozen(room=self.batch.tokens)
+        positions = [[branch.positions] for branch in branches]
+        targets = [[branch.segment] for branch in branches]
+        batch = pack(targets, model.config, positions=positions, dense=False)
+        self.model, self.branches, self.rows = model, branches, rows.to(model.device)
+        self.cache, self.pattern = space.over(streams, batch.visibility.sample)
+        self.batch = batch.to(model.device, model.dtype)
         self.prepared = model.prepare(self.batch)
 
-    def velocity(self, latents: Tensor, times: Tensor) -> Tensor:
-        """[g, C] float32 of all target tokens, from latents [g, C] and times [g]."""
+    def velocities(self, state: Tensor, t: float) -> dict[int, list[Tensor]]:
+        """For each target its branches' velocities [n, C] float32, from the state of all latents."""
         out = self.model(
-            self.batch, self.cache, pattern=Full(), prepared=self.prepared, latents=latents, times=times
+            self.batch,
+            self.cache,
+            pattern=self.pattern,
+            prepared=self.prepared,
+            latents=state[self.rows].to(self.model.dtype),
+            times=self.batch.times * t,
         )
-        return out.velocity.float()
+        found: dict[int, list[Tensor]] = defaultdict(list)
+        parts = out.velocity.float().split([branch.segment.inner for branch in self.branches])
+        for branch, velocity in zip(self.branches, parts, strict=True):
+            found[branch.number].append(velocity)
+        return found
+
+
+class Denoising:
+    """Targets on their way from noise together: one forward a step for all their guidance branches.
+
+    The state is [all latent tokens, channels] float32, target after target; `start` is the first.
+    running: the targets that still take steps.
+    """
+
+    def __init__(self, model: Lance, targets: Sequence[Target], config: SamplingConfig):
+        self.model, self.targets, self.config = model, targets, config
+        branches: list[Branch] = []
+        before: Context | None = None  # requests begin alike, or differ in their noise alone
+        for number, target in enumerate(targets):
+            made = _branches(model, number, replace(target, reuse=target.reuse or before), config)
+            branches += made
+            before = made[0].context
+        # Streams of one shape lie side by side: attention takes them in one call.
+        self.branches = sorted(branches, key=lambda b: (b.kind, b.context.cache.length, len(b.segment)))
+        caches = [branch.context.cache for branch in self.branches]
+        self.space = Workspace(caches, [len(branch.segment) for branch in self.branches])
+        self.start = torch.cat([target.start() for target in targets]).to(model.device)
+        self.running = list(range(len(targets)))
+        self._rows = torch.arange(len(self.start)).split([target.segment.inner for target in targets])
+        free = [torch.nonzero(~target.segment.fixed_tokens()).flatten() for target in targets]
+        self._free = [moving.to(model.device) for moving in free]
+        self._moving = [rows[moving].to(model.device) for rows, moving in zip(self._rows, free, strict=True)]
+        self._passes: dict[bool, Pass] = {}
+
+    def drop(self, number: int) -> None:
+        """Take no more steps for a target; the others go on."""
+        self.running = [other for other in self.running if other != number]
+        self._passes.clear()
+
+    def latents(self, state: Tensor) -> list[Tensor]:
+        """Of each target, [frames, rows, columns, channels]."""
+        parts = state.split([target.segment.inner for target in self.targets])
+        return [part.view(target.noise.shape) for part, target in zip(parts, self.targets, strict=True)]
+
+    def velocity(self, state: Tensor, t: float) -> Tensor:
+        """Guided, of the state's shape; 0 where nothing moves."""
+        velocity = torch.zeros_like(state)
+        for number, found in self._pass(guided_now(self.config, t)).velocities(state, t).items():
+            free = self._free[number]
+            whole = len(found) > 1 and self.config.released_cached_sampler
+            found = found if whole else [v[free] for v in found]
+            one = found[0] if len(found) == 1 else guide(found[0], found[1], self.config, *found[2:])
+            velocity.index_copy_(0, self._moving[number], one[free] if whole else one)
+        return velocity
+
+    def _pass(self, guided: bool) -> Pass:
+        """Of the targets that run: all their branches, or the conditional ones."""
+        if guided not in self._passes:
+            chosen = {
+                stream: branch
+                for stream, branch in enumerate(self.branches)
+                if branch.number in self.running and (guided or branch.kind == 0)
+            }
+            rows = torch.cat([self._rows[branch.number] for branch in chosen.values()])
+            self._passes[guided] = Pass(self.model, self.space, list(chosen), list(chosen.values()), rows)
+        return self._passes[guided]
 
 
 @torch.inference_mode()
+def denoise_together(
+    model: Lance, targets: Sequence[Target], config: SamplingConfig, on_step: OnStep | None = None
+) -> list[Tensor | Cancelled]:
+    """Denoise several targets of any shapes and tasks, each → [frames, rows, columns, channels] float32.
+
+    Each gives what it gives alone, up to the rounding of sums. `on_step` is called after each step for each
+    target; where it returns False, that target alone is dropped, and its result is a `Cancelled`.
+    """
+    work = Denoising(model, targets, config)
+    cancelled: dict[int, Cancelled] = {}
+    clock = time_grid(config.steps, config.shift)
+    for number, state in enumerate(euler(work.velocity, work.start, clock), start=1):
+        latents = work.latents(state)
+        for index in work.running:
+            if on_step is not None and on_step(Step(number, config.steps, latents[index], index)) is False:
+                cancelled[index] = Cancelled(f"stopped after step {number} of {config.steps}")
+                work.drop(index)
+        if not work.running:
+            break
+    return [cancelled.get(index, found) for index, found in enumerate(latents)]
+
+
 def denoise(
     model: Lance,
     sample: Sample,
@@ -77,66 +237,61 @@ def denoise(
     reuse: Context | None = None,
     on_step: OnStep | None = None,
 ) -> Tensor:
-    """Denoise the target of a sample (its last segment) → [frames, rows, columns, channels] float32.
+    """One target alone, see `Target`. Raises Cancelled when `on_step` returns False."""
+    [found] = denoise_together(model, [Target(sample, noise, negative, reuse)], config, on_step)
+    if isinstance(found, Cancelled):
+        raise found
+    return found
 
-    noise: like the result; fixed frames are taken from the target's latents instead. negative: the
-    sample that guidance moves away from; default this one without the user's words. Raises Cancelled
-    when `on_step` returns False.
+
+@dataclass(eq=False)
+class Voice:
+    """An answer that is being spoken. spoken: its ids so far, a stopping one included.
+
+    ended: nothing more is said. Whoever listens may set it, where they have heard enough.
     """
-    target = sample[-1]
-    branches = _branches(model, sample, config, negative, reuse)
-    active = torch.nonzero(branches[0].batch.denoised).flatten()
-    device, channels = model.device, noise.shape[-1]
-    full = noise.reshape(-1, channels).to(device, torch.float32)
-    if target.fixed_frames:
-        assert target.latents is not None and target.grid is not None
-        given = target.latents.reshape(-1, channels).to(full)
-        fixed = target.fixed_tokens().to(device)[:, None]
-        full = torch.where(fixed, given, full)
-    moving = branches[0].batch.denoised.float()
-    clock = time_grid(config.steps, config.shift)
-    times_of = dict(zip(clock.tolist(), (moving * t for t in clock.to(device)), strict=True))
 
-    def velocity(state: Tensor, t: float) -> Tensor:
-        latents = full.index_copy(0, active, state).to(model.dtype)
-        run = branches if guided_now(config, t) else branches[:1]
-        found = [branch.velocity(latents, times_of[t]) for branch in run]
-        if len(found) > 1 and config.released_cached_sampler:
-            return guide(found[0], found[1], config, *found[2:])[active]
-        found = [v[active] for v in found]
-        return found[0] if len(found) == 1 else guide(found[0], found[1], config, *found[2:])
-
-    for number, state in enumerate(euler(velocity, full[active], clock), start=1):
-        latents = full.index_copy(0, active, state).view(noise.shape)
-        if on_step is not None and on_step(Step(number, config.steps, latents)) is False:
-            raise Cancelled(f"stopped after step {number} of {config.steps}")
-    return latents
-
-
-def _branches(
-    model: Lance, sample: Sample, config: SamplingConfig, negative: Sample | None, reuse: Context | None
-) -> list[Branch]:
-    """The conditional branch and, where guidance can act, what it moves away from.
-
-    They share the context that they have in common.
-    """
-    cond = Branch(model, sample, reuse=reuse)
-    if config.guidance == 1.0 and config.visual_guidance is None:
-        return [cond]
-    kept = [i for i, segment in enumerate(sample) if segment.role is not Role.USER]
-    uncond = [sample[i] for i in kept] if negative is None else negative
-    positions = None
-    if config.released_cached_sampler and negative is None:
-        placed = mape_positions(sample, model.config.mape)
-        positions = [placed[i] for i in kept]
-    branches = [cond, Branch(model, uncond, positions, cond.context)]
-    if config.visual_guidance is not None:
-        neither = [s for s in uncond if s.role not in (Role.USER, Role.SOURCE, Role.REFERENCE)]
-        branches.append(Branch(model, neither, reuse=cond.context))
-    return branches
+    sample: Sample
+    config: TextConfig
+    generator: torch.Generator | None = None
+    reuse: Context | None = None
+    spoken: list[int] = field(default_factory=list)
+    ended: bool = False
 
 
 @torch.inference_mode()
+def speak_together(
+    model: Lance, voices: Sequence[Voice], *, allowed: int, stop: Collection[int]
+) -> Iterator[list[Voice]]:
+    """Continue samples that end in an open assistant turn; yields, round by round, who said one more id.
+
+    A round is one forward for all that still speak, each over its own cache. allowed: ids at or above are
+    never drawn (the vocabulary is padded). stop: ids that end an answer.
+    """
+    pairs = [(encode(model, voice.sample, reuse=voice.reuse), voice) for voice in voices]
+    pairs.sort(key=lambda pair: (pair[0].cache.length, pair[1].config.max_tokens))  # alike side by side
+    contexts, voices = zip(*pairs, strict=True)
+    space = Workspace([context.cache for context in contexts], [voice.config.max_tokens for voice in voices])
+    begins = [int(context.positions[-1].max()) + 1 for context in contexts]
+    hidden = torch.stack([context.last_hidden for context in contexts])
+    speaking = list(range(len(voices)))
+    batch: PackedBatch | None = None
+    while True:
+        logits = model.head(hidden)[:, :allowed].float()
+        for stream, row in zip(speaking, logits, strict=True):
+            _say(voices[stream], row, stop)
+        yield [voices[stream] for stream in speaking]
+        speaking = [stream for stream in speaking if not voices[stream].ended]
+        if not speaking:
+            return
+        batch = _words(
+            model, [voices[stream] for stream in speaking], [begins[stream] for stream in speaking], batch
+        )
+        cache, pattern = space.over(speaking, torch.arange(len(speaking)))
+        hidden = model(batch, cache, pattern=pattern).hidden
+        space.keep(1, speaking)
+
+
 def speak(
     model: Lance,
     sample: Sample,
@@ -147,26 +302,30 @@ def speak(
     generator: torch.Generator | None = None,
     reuse: Context | None = None,
 ) -> Iterator[int]:
-    """Continue a sample that ends in an open assistant turn; yields token ids, a stopping one included.
+    """One answer alone, id by id: see `speak_together`."""
+    voice = Voice(sample, config, generator, reuse)
+    for _ in speak_together(model, [voice], allowed=allowed, stop=stop):
+        yield voice.spoken[-1]
 
-    allowed: ids at or above are never drawn (the vocabulary is padded). stop: ids that end the answer.
-    """
-    context = encode(model, sample, reuse=reuse)
-    assert context.last_hidden is not None
-    hidden, cache = context.last_hidden, context.cache.frozen(room=config.max_tokens)
-    position = int(context.positions[-1].max()) + 1
-    spoken: list[int] = []
-    while True:
-        logits = model.head(hidden)[:allowed].float()
-        spoken.append(_choose(logits, spoken, config, generator))
-        yield spoken[-1]
-        if spoken[-1] in stop or len(spoken) == config.max_tokens:
-            return
-        word = Segment(Kind.TEXT, Role.ANSWER, torch.tensor(spoken[-1:]))
-        batch = pack([[word]], model.config, positions=[[torch.full((3, 1), position)]], dense=False)
-        hidden = model(batch.to(model.device, model.dtype), cache, pattern=CausalTail()).hidden[-1]
-        cache.keep(1)
-        position += 1
+
+def _words(model: Lance, voices: list[Voice], begins: list[int], last: PackedBatch | None) -> PackedBatch:
+    """The last id of each voice as a batch. begins: position of each answer's first id. last: the batch of
+    the round before, which is only moved on where nobody left."""
+    ids = torch.tensor([voice.spoken[-1] for voice in voices])
+    if last is not None and last.tokens == len(voices):
+        return replace(last, text_ids=ids.to(model.device), positions=last.positions + 1)
+    words = [[Segment(Kind.TEXT, Role.ANSWER, one)] for one in ids.split(1)]
+    at = [
+        [torch.full((3, 1), begin + len(voice.spoken) - 1)]
+        for begin, voice in zip(begins, voices, strict=True)
+    ]
+    return pack(words, model.config, positions=at, dense=False).to(model.device, model.dtype)
+
+
+def _say(voice: Voice, logits: Tensor, stop: Collection[int]) -> None:
+    """Draw the next id from logits [allowed]."""
+    voice.spoken.append(_choose(logits, voice.spoken, voice.config, voice.generator))
+    voice.ended = voice.spoken[-1] in stop or len(voice.spoken) == voice.config.max_tokens
 
 
 def _choose(logits: Tensor, spoken: list[int], config: TextConfig, generator: torch.Generator | None) -> int:

@@ -19,15 +19,15 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from openlance.config import ModelConfig, TextConfig
+from openlance.config import ModelConfig, SamplingConfig, TextConfig
 from openlance.data.buckets import VIT_DIVISOR, Buckets
 from openlance.infer.context import encode
-from openlance.infer.generate import Branch
-from openlance.infer.pipeline import PARTS_OF
+from openlance.infer.generate import Denoising, Target
+from openlance.infer.orders import PARTS_OF
 from openlance.model.checkpoint import count_parameters
 from openlance.model.lance import Lance
 from openlance.model.vae import VAE
-from openlance.sequence.segment import Kind, Role, Sample, Segment, without
+from openlance.sequence.segment import Kind, Role, Sample, Segment
 from openlance.sequence.template import Task, compose, system_prompt
 
 META = torch.device("meta")
@@ -225,10 +225,11 @@ def _use(model: Lance, sample: Sample) -> Any:
         context = encode(model, sample)
         assert context.last_hidden is not None
         return context.cache.frozen(room=TextConfig().max_tokens), model.head(context.last_hidden)
-    cond = Branch(model, sample)
-    branches = [cond, Branch(model, without(sample, Role.USER), reuse=cond.context)]
-    batch = cond.batch
-    return branches, [branch.velocity(torch.empty_like(batch.latents), batch.times) for branch in branches]
+    grid = sample[-1].grid
+    assert grid is not None
+    noise = torch.empty(*grid, model.config.vae.channels, device=META)
+    work = Denoising(model, [Target(sample, noise)], SamplingConfig(guidance_interval=(0.0, 1.0)))
+    return work, work.velocity(work.start, 1.0)
 
 
 def _look(config: ModelConfig, frames: int, side: int) -> int:

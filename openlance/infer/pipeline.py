@@ -2,97 +2,66 @@
 
 from __future__ import annotations
 
-import secrets
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypedDict, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from openlance.config import ModelConfig, SamplingConfig, Sizes, TextConfig, to_dict
-from openlance.data.media import Frames, Media, Source, Video, from_vae_pixels
-from openlance.data.tasks import View
+from openlance.config import ModelConfig
+from openlance.data.media import Frames, Source, Video, from_vae_pixels
 from openlance.errors import InputError
 from openlance.infer.device import pick_device
-from openlance.infer.generate import OnStep, denoise, speak
-from openlance.infer.messages import media_of, read
-from openlance.infer.messages import prompt as checked
+from openlance.infer.generate import (
+    Cancelled,
+    OnStep,
+    Target,
+    Voice,
+    denoise_together,
+    speak,
+    speak_together,
+)
 from openlance.infer.messages import question as asked
-from openlance.infer.prepare import Resolutions, Size, target_frames, target_size, view
+from openlance.infer.orders import (
+    PARTS_OF,
+    AnswerOrder,
+    Choices,
+    GenerateOrder,
+    Order,
+    Orders,
+    TextOptions,
+    override,
+    together,
+)
+from openlance.infer.orders import new_seed as new_seed
+from openlance.infer.prepare import Resolutions, Size, view
 from openlance.infer.result import Answer, Generated
 from openlance.infer.stream import TextStream
+from openlance.model.adapters import load_adapter, merge_adapters, set_adapter, unload_adapters
 from openlance.model.checkpoint import find_release, load_model, load_vae, read_config
 from openlance.model.lance import Lance
 from openlance.model.vae import VAE
-from openlance.sequence.segment import Kind, Role, Sample, Segment
-from openlance.sequence.template import Message, Task, build, compose, system_prompt
+from openlance.sequence.segment import Role
+from openlance.sequence.template import Message, Task
 from openlance.tokenizer import Tokenizer
 
-PARTS_OF: dict[Task, frozenset[str]] = {
-    **dict.fromkeys((Task.T2I, Task.T2V, Task.I2V), frozenset({"und", "gen", "vae"})),
-    **dict.fromkeys(
-        (Task.IMAGE_EDIT, Task.VIDEO_EDIT, Task.SUBJECT_IMAGE, Task.SUBJECT_VIDEO),
-        frozenset({"und", "gen", "vision", "vae"}),
-    ),
-    **dict.fromkeys((Task.X2T_IMAGE, Task.X2T_VIDEO), frozenset({"und", "vision"})),
-    Task.CHAT: frozenset({"und"}),
-}
-"""Which parts of a checkpoint each task needs; the others need not be loaded."""
+Result = Generated | Answer | Cancelled
+"""What an order comes to; `Cancelled` where the callback stopped it."""
+
+TOKENS_TOGETHER = 32_768
+"""Of orders that run together: six pictures of 768 x 768 with guidance, say. The released shapes in bfloat16
+then take 4 GB beside the weights: 1.2 for keys and values, 2.9 where the activations are widest."""
 
 
-class Options(TypedDict, total=False):
-    """What every generating call takes by name; settings that are not given are the checkpoint's own.
+class Options(Choices, total=False):
+    """What every generating call takes by name: `Choices`, and `on_step`, called after each step (see
+    `openlance.infer.generate.OnStep`); where it returns False, the call raises `Cancelled`."""
 
-    seed: drawn and reported where not given. negative_prompt: what guidance moves away from. on_step: called
-    after each step, see `openlance.infer.generate.OnStep`. The rest: see `SamplingConfig`.
-    """
-
-    seed: int | None
-    negative_prompt: str | None
     on_step: OnStep | None
-    steps: int
-    shift: float
-    guidance: float
-    guidance_interval: tuple[float, float]
-    renorm: str
-    renorm_min: float
-    visual_guidance: float | None
-    sample_posterior: bool
-    released_cached_sampler: bool
-
-
-class TextOptions(TypedDict, total=False):
-    """What every answering call takes by name: `seed`, and the fields of `TextConfig`."""
-
-    seed: int | None
-    max_tokens: int
-    temperature: float
-    top_p: float
-    top_k: int
-    repetition_penalty: float
-    stop: tuple[str, ...]
-
-
-@dataclass(frozen=True, eq=False)
-class _Order:
-    """What is to be generated.
-
-    parts: the user's turn. size: (frames, height, width). given: latents of which the `fixed` frames are
-    kept. history: earlier turns.
-    """
-
-    task: Task
-    parts: Sequence[str | Segment]
-    size: tuple[int, int, int]
-    given: Tensor | None = None
-    fixed: tuple[int, ...] = ()
-    history: tuple[Message, ...] = ()
-    fps: float | None = None
 
 
 class LancePipeline:
@@ -101,12 +70,15 @@ class LancePipeline:
     Generating calls take `Options` by name and answering calls `TextOptions`; the same request with the same
     seed gives the same output. Sizes are (height, width) in pixels. Media are whatever `load_media` of
     `openlance.data.media` reads, and earlier results. All raise InputError for what cannot be used.
+
+    order: the same methods, to make orders that `run` then runs together.
     """
 
     def __init__(self, model: Lance, tokenizer: Tokenizer, vae: VAE | None = None):
         self.model = model.eval()
         self.tokenizer = tokenizer
         self.vae = None if vae is None else vae.eval()
+        self.order = Orders(self.model, tokenizer, self.vae)
 
     @classmethod
     def from_pretrained(
@@ -140,12 +112,44 @@ class LancePipeline:
     def config(self) -> ModelConfig:
         return self.model.config
 
+    def run(
+        self,
+        orders: Sequence[Order],
+        *,
+        on_step: OnStep | None = None,
+        max_tokens_together: int = TOKENS_TOGETHER,
+    ) -> list[Result]:
+        """Run orders, made by the methods of `order`, together; results in their order. See `run_each`."""
+        found = dict(self.run_each(orders, on_step=on_step, max_tokens_together=max_tokens_together))
+        return [found[index] for index in range(len(orders))]
+
+    def run_each(
+        self,
+        orders: Sequence[Order],
+        *,
+        on_step: OnStep | None = None,
+        max_tokens_together: int = TOKENS_TOGETHER,
+    ) -> Iterator[tuple[int, Result]]:
+        """Run orders together and yield (index, result) as they are done.
+
+        Each gives what it gives alone, up to the rounding of sums. Answers go together, and targets with the
+        same sampling settings, as many as have `max_tokens_together` tokens: their sequences, once for each
+        guidance branch; that bounds the memory. `on_step` is called for each generating order, `Step.order`
+        its index; where it returns False, that order alone stops, and its result is a `Cancelled`. Those that
+        ran together share the time equally in their `seconds`.
+        """
+        for order in orders:
+            if not isinstance(order, (GenerateOrder, AnswerOrder)):
+                raise InputError(f"unknown order {order!r}: make it with lance.order, as lance.order.ask(…)")
+        if max_tokens_together < 1:
+            raise InputError(f"max_tokens_together must be at least 1, not {max_tokens_together}")
+        return self._run(orders, on_step, max_tokens_together)
+
     def generate_image(
         self, prompt: str, *, size: Size | int | None = None, **options: Unpack[Options]
     ) -> Generated:
         """Text to image."""
-        order = _Order(Task.T2I, [checked(prompt)], (1, *self._size(size, video=False)))
-        return self._generate(order, options)
+        return self._make(self.order.generate_image, options, prompt, size=size)
 
     def generate_video(
         self,
@@ -156,8 +160,7 @@ class LancePipeline:
         **options: Unpack[Options],
     ) -> Generated:
         """Text to video; `frames` at the checkpoint's frame rate."""
-        shape = (self._frames(frames), *self._size(size, video=True))
-        return self._generate(_Order(Task.T2V, [checked(prompt)], shape), options)
+        return self._make(self.order.generate_video, options, prompt, size=size, frames=frames)
 
     def animate(
         self,
@@ -172,23 +175,7 @@ class LancePipeline:
 
         The clip takes the aspect ratio of the image.
         """
-        self._need(Task.I2V)
-        options = _seeded(options)
-        count = self._frames(frames)
-        first = self._latents(image, options)
-        latents = torch.zeros(self._latent_frames(count), *first.shape[1:])
-        latents[0] = first[0]
-        fixed: tuple[int, ...] = (0,)
-        if last is not None:
-            ending = self._latents(last, options)
-            if ending.shape != first.shape:
-                raise InputError("the last frame has another aspect ratio than the first: crop one of them")
-            latents[-1], fixed = ending[0], (0, len(latents) - 1)
-        if len(latents) <= len(fixed):
-            least = len(fixed) * self.config.vae.temporal_stride + 1
-            raise InputError(f"{count} frames leave nothing to generate: ask for {least} or more")
-        shape = (count, *self._pixels(latents))
-        return self._generate(_Order(Task.I2V, [checked(prompt)], shape, given=latents, fixed=fixed), options)
+        return self._make(self.order.animate, options, image, prompt, last=last, frames=frames)
 
     def edit(
         self,
@@ -203,25 +190,7 @@ class LancePipeline:
         source may be an earlier result; with `keep_history` the model then also sees the turns that led to
         it, otherwise only the result itself.
         """
-        history = source.history if isinstance(source, Generated) and keep_history else ()
-        if keep_history and not history:
-            raise InputError("keep_history needs an edited result to go on from")
-        media = media_of(source, self.config)
-        task = Task.VIDEO_EDIT if isinstance(media, Video) else Task.IMAGE_EDIT
-        self._need(task)
-        options = _seeded(options)
-        seen = self._view(media, options, video=task.video)
-        assert seen.latents is not None
-        frames = (len(seen.latents) - 1) * self.config.vae.temporal_stride + 1
-        parts = [] if history else seen.segments(Role.SOURCE)
-        order = _Order(
-            task,
-            [*parts, checked(prompt)],
-            (frames, *self._pixels(seen.latents)),
-            history=history,
-            fps=media.fps if isinstance(media, Video) else None,
-        )
-        return self._generate(order, options)
+        return self._make(self.order.edit, options, source, prompt, keep_history=keep_history)
 
     def subject(
         self,
@@ -234,18 +203,8 @@ class LancePipeline:
         **options: Unpack[Options],
     ) -> Generated:
         """Draw (or film) the subjects of one or several reference pictures as the words say."""
-        sources = list(references) if isinstance(references, (list, tuple)) else [references]
-        if not sources:
-            raise InputError("subject needs at least one reference picture")
-        task = Task.SUBJECT_VIDEO if video else Task.SUBJECT_IMAGE
-        self._need(task)
-        options = _seeded(options)
-        parts: list[str | Segment] = []
-        for source in sources:
-            seen = self._view(media_of(source, self.config), options, video=video)
-            parts += seen.segments(Role.REFERENCE)
-        shape = (self._frames(frames) if video else 1, *self._size(size, video=video))
-        return self._generate(_Order(task, [*parts, checked(prompt)], shape), options)
+        own = {"video": video, "size": size, "frames": frames}
+        return self._make(self.order.subject, options, references, prompt, **own)
 
     def ask(
         self,
@@ -272,89 +231,89 @@ class LancePipeline:
         {"type": "text", "text": …}, {"type": "image", "image": …} or {"type": "video", "video": …}, in any
         order. A system message replaces the checkpoint's.
         """
-        config, seed = _text_options(options)
-        seconds: dict[str, float] = {}
-        with _timed(seconds, "answer"):
-            stream = self._speak(messages, config, seed)
-            text = "".join(stream)
-        record = {"seed": seed, "model": self.config.name, "text": to_dict(config)}
-        return Answer(text, stream.tokens, stream.finish, record, seconds)
+        [answer] = self.run([self.order.chat(messages, **options)])
+        assert isinstance(answer, Answer)
+        return answer
 
     def chat_stream(
         self, messages: Sequence[Mapping[str, Any]], **options: Unpack[TextOptions]
     ) -> TextStream:
         """Like `chat`, in pieces as they come; `tokens` and `finish` of the stream are known at its end."""
-        return self._speak(messages, *_text_options(options))
+        order = self.order.chat(messages, **options)
+        ids = speak(
+            self.model,
+            order.sample,
+            order.text,
+            allowed=self.tokenizer.size,
+            stop=self._ends,
+            generator=torch.Generator().manual_seed(order.seed),
+        )
+        return TextStream(ids, self.tokenizer, self._ends, order.text.stop)
+
+    def load_adapter(self, folder: str | Path, name: str = "default") -> None:
+        """Add a LoRA adapter, as `openlance train` or PEFT wrote it, under a name; it is now the active
+        one."""
+        load_adapter(self.model, folder, name)
+
+    def set_adapters(self, *names: str) -> None:
+        """Make these adapters, and no others, the active ones; what several add is summed."""
+        set_adapter(self.model, names)
+
+    def merge_adapters(self) -> None:
+        """Add what the active adapters do to the weights, and remove them all: no cost any more."""
+        merge_adapters(self.model)
+
+    def unload_adapters(self) -> None:
+        """Remove all adapters: the model as it was before."""
+        unload_adapters(self.model)
 
     # -- how it is done ------------------------------------------------------------------------------
 
-    def _generate(self, order: _Order, options: Options) -> Generated:
-        self._need(order.task)
-        seed, negative, on_step, sampling = self._sampling(options)
-        target = self._target(order)
-        other = [part for part in order.parts if not isinstance(part, str)]
-        away = self._sample(replace(order, parts=[*other, negative]), target) if negative else None
-        assert target.grid is not None
-        generator = torch.Generator().manual_seed(seed)
-        noise = torch.randn(*target.grid, self.config.vae.channels, generator=generator)
-        seconds: dict[str, float] = {}
-        with _timed(seconds, "denoise"):
-            sample = self._sample(order, target)
-            latents = denoise(self.model, sample, sampling, noise, negative=away, on_step=on_step)
-        with _timed(seconds, "decode"):
-            frames = self._decode(latents)
-        fps = (order.fps or self.config.sizes.fps) if order.task.video else None
-        record = {
-            "task": str(order.task),
-            "prompt": " ".join(part for part in order.parts if isinstance(part, str)),
-            "negative_prompt": negative,
-            "seed": seed,
-            "size": list(order.size[1:]),
-            "frames": order.size[0],
-            "fps": fps,
-            "model": self.config.name,
-            "dtype": str(self.model.dtype).removeprefix("torch."),
-            "device": self.model.device.type,
-            "sizes": to_dict(self.config.sizes),
-            "sampling": to_dict(sampling),
-        }
-        return Generated(frames, fps, record, seconds, self._remember(order, frames, latents))
+    def _make(
+        self, order: Callable[..., GenerateOrder], options: Options, *given: Any, **own: Any
+    ) -> Generated:
+        """One order, made and run."""
+        choices = {name: value for name, value in options.items() if name != "on_step"}
+        [result] = self.run([order(*given, **own, **choices)], on_step=options.get("on_step"))
+        if isinstance(result, Cancelled):
+            raise result
+        assert isinstance(result, Generated)
+        return result
 
-    def _sampling(self, options: Options) -> tuple[int, str | None, OnStep | None, SamplingConfig]:
-        """(seed, negative prompt, callback, settings)."""
-        settings: dict[str, Any] = dict(_seeded(options))
-        seed = settings.pop("seed")
-        negative, on_step = settings.pop("negative_prompt", None), settings.pop("on_step", None)
-        return seed, negative, on_step, override(self.config.sampling, settings)
+    def _run(
+        self, orders: Sequence[Order], on_step: OnStep | None, most: int
+    ) -> Iterator[tuple[int, Result]]:
+        for group in together(orders, most):
+            answers = [order for index in group if isinstance(order := orders[index], AnswerOrder)]
+            targets = [order for index in group if isinstance(order := orders[index], GenerateOrder)]
+            report = _renumbered(on_step, group)
+            found = self._answer(answers) if answers else self._generate(targets, report)
+            yield from zip(group, found, strict=True)
 
-    def _target(self, order: _Order) -> Segment:
-        frames, height, width = order.size
-        stride = self.config.vae.spatial_stride
-        grid = (self._latent_frames(frames), height // stride, width // stride)
-        return Segment(Kind.NOISY, Role.TARGET, grid=grid, latents=order.given, fixed_frames=order.fixed)
+    def _generate(
+        self, orders: list[GenerateOrder], on_step: OnStep | None
+    ) -> Iterator[Generated | Cancelled]:
+        """Orders of the same sampling settings."""
+        start = time.perf_counter()
+        targets = [Target(order.sample, self._noise(order), order.negative) for order in orders]
+        found = denoise_together(self.model, targets, orders[0].sampling, on_step)
+        seconds = (time.perf_counter() - start) / len(orders)
+        for order, latents in zip(orders, found, strict=True):
+            yield latents if isinstance(latents, Cancelled) else self._finish(order, latents, seconds)
 
-    def _sample(self, order: _Order, target: Segment) -> Sample:
-        """The sequence up to its target."""
-        sample = compose(
-            order.parts,
-            self.tokenizer.encode_with_offsets,
-            system=system_prompt(order.task, self.config.system_prompts),
-            ending=target,
-            history=order.history,
-        )
-        return sample[: sample.index(target) + 1]
+    def _noise(self, order: GenerateOrder) -> Tensor:
+        grid = order.sample[-1].grid
+        assert grid is not None
+        generator = torch.Generator().manual_seed(order.seed)
+        return torch.randn(*grid, self.config.vae.channels, generator=generator)
 
-    def _remember(self, order: _Order, frames: Frames, latents: Tensor) -> tuple[Message, ...]:
-        """The turns so far, the result as the model will see it included; of edits only."""
-        if order.task not in (Task.IMAGE_EDIT, Task.VIDEO_EDIT):
-            return ()
-        resolutions = Resolutions.of(self.config.sizes, video=order.task.video)
-        seen = view(Video(frames, 1.0), resolutions, self.config, None)
-        shown = replace(seen, latents=latents.cpu()).segments(Role.SOURCE)
-        return (
-            *order.history,
-            Message("user", tuple(order.parts), past=True),
-            Message("assistant", tuple(shown), past=True),
+    def _finish(self, order: GenerateOrder, latents: Tensor, denoised: float) -> Generated:
+        """Pixels of latents. denoised: seconds so far."""
+        start = time.perf_counter()
+        frames = self._decode(latents)
+        seconds = {"denoise": denoised, "decode": time.perf_counter() - start}
+        return Generated(
+            frames, order.fps, dict(order.record), seconds, self._remember(order, frames, latents)
         )
 
     @torch.inference_mode()
@@ -364,86 +323,35 @@ class LancePipeline:
         weight = next(self.vae.parameters())
         return from_vae_pixels(self.vae.decode(latents[None].to(weight))[0])
 
-    def _speak(self, messages: Sequence[Mapping[str, Any]], config: TextConfig, seed: int) -> TextStream:
-        task, turns = read(messages, self.config)
-        self._need(task)
-        ends = frozenset({self.config.tokens.im_end, self.config.tokens.endoftext})
-        ids = speak(
-            self.model,
-            build(turns, self.tokenizer.encode_with_offsets, open_turn=True),
-            config,
-            allowed=self.tokenizer.size,
-            stop=ends,
-            generator=torch.Generator().manual_seed(seed),
-        )
-        return TextStream(ids, self.tokenizer, ends, config.stop)
+    def _remember(self, order: GenerateOrder, frames: Frames, latents: Tensor) -> tuple[Message, ...]:
+        """The turns so far, the result as the model will see it included; of edits only."""
+        if not order.turns:
+            return ()
+        resolutions = Resolutions.of(self.config.sizes, video=order.task.video)
+        seen = view(Video(frames, 1.0), resolutions, self.config, None)
+        shown = replace(seen, latents=latents.cpu()).segments(Role.SOURCE)
+        return (*order.turns, Message("assistant", tuple(shown), past=True))
 
-    def _view(self, media: Media, options: Options, *, video: bool, semantic: bool = True) -> View:
-        resolutions = Resolutions.of(self.config.sizes, video=video)
-        posterior = None
-        if options.get("sample_posterior", self.config.sampling.sample_posterior):
-            seed = options["seed"]
-            assert seed is not None, "_seeded gives every call a seed"
-            posterior = torch.Generator().manual_seed(seed)
-        return view(media, resolutions, self.config, self.vae, semantic=semantic, posterior=posterior)
+    @property
+    def _ends(self) -> frozenset[int]:
+        """Ids that end an answer."""
+        return frozenset({self.config.tokens.im_end, self.config.tokens.endoftext})
 
-    def _latents(self, source: Source | Generated, options: Options) -> Tensor:
-        """Latents [frames, rows, columns, channels] of a picture, at the resolution of clips."""
-        seen = self._view(media_of(source, self.config), options, video=True, semantic=False)
-        assert seen.latents is not None
-        return seen.latents
-
-    def _need(self, task: Task) -> None:
-        have = self.model.parts | ({"vae"} if self.vae is not None else set())
-        missing = PARTS_OF[task] - have
-        if missing:
-            raise InputError(f"{task} needs {', '.join(sorted(missing))}: load the checkpoint with this task")
-
-    def _size(self, size: Size | int | None, *, video: bool) -> Size:
-        side = self.config.sizes.video if video else self.config.sizes.image
-        return target_size(size, (side, side), self.config)
-
-    def _frames(self, frames: int | None) -> int:
-        return target_frames(self.config.sizes.frames if frames is None else frames, self.config)
-
-    def _latent_frames(self, frames: int) -> int:
-        return (frames - 1) // self.config.vae.temporal_stride + 1
-
-    def _pixels(self, latents: Tensor) -> Size:
-        rows, columns = latents.shape[1:3]
-        return rows * self.config.vae.spatial_stride, columns * self.config.vae.spatial_stride
+    def _answer(self, orders: list[AnswerOrder]) -> Iterator[Answer]:
+        start = time.perf_counter()
+        voices = [Voice(o.sample, o.text, torch.Generator().manual_seed(o.seed)) for o in orders]
+        streams = {voice: TextStream((), self.tokenizer, self._ends, voice.config.stop) for voice in voices}
+        texts = dict.fromkeys(voices, "")
+        for said in speak_together(self.model, voices, allowed=self.tokenizer.size, stop=self._ends):
+            for voice in said:
+                texts[voice] += streams[voice].push(voice.spoken[-1])
+                voice.ended |= streams[voice].finish == "stop"
+        seconds = (time.perf_counter() - start) / len(orders)
+        for order, voice in zip(orders, voices, strict=True):
+            stream, text = streams[voice], texts[voice] + streams[voice].rest()
+            yield Answer(text, stream.tokens, stream.finish, dict(order.record), {"answer": seconds})
 
 
-def new_seed() -> int:
-    """A seed that nobody chose."""
-    return secrets.randbelow(2**31)
-
-
-Config = TypeVar("Config", SamplingConfig, TextConfig, Sizes)
-
-
-def override(config: Config, settings: Mapping[str, Any]) -> Config:
-    """The configuration with some fields replaced. Raises InputError for a name that it does not have."""
-    known = {field.name for field in fields(config)}
-    unknown = sorted(set(settings) - known)
-    if unknown:
-        raise InputError(f"unknown settings {', '.join(unknown)}: choose from {', '.join(sorted(known))}")
-    return replace(config, **settings)
-
-
-def _seeded(options: Options) -> Options:
-    """The options with a seed, a new one where there is none."""
-    return options if options.get("seed") is not None else {**options, "seed": new_seed()}
-
-
-def _text_options(options: TextOptions) -> tuple[TextConfig, int]:
-    settings: dict[str, Any] = dict(options)
-    seed = settings.pop("seed", None)
-    return override(TextConfig(), settings), new_seed() if seed is None else seed
-
-
-@contextmanager
-def _timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
-    start = time.perf_counter()
-    yield
-    seconds[phase] = time.perf_counter() - start
+def _renumbered(on_step: OnStep | None, group: list[int]) -> OnStep | None:
+    """The callback for orders of a group, told their index among all."""
+    return None if on_step is None else lambda step: on_step(replace(step, order=group[step.order]))

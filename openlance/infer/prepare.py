@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -11,7 +10,6 @@ from torch import Tensor
 from openlance.config import ModelConfig, Sizes
 from openlance.data.media import (
     VAE_DIVISOR,
-    VIT_DIVISOR,
     Frames,
     Media,
     Source,
@@ -21,9 +19,8 @@ from openlance.data.media import (
     resize_to_bucket,
     sample_frames,
     to_vae_pixels,
-    to_vit_patches,
 )
-from openlance.data.tasks import View
+from openlance.data.tasks import Resolutions, View, semantic_view
 from openlance.errors import InputError
 from openlance.model.vae import VAE
 
@@ -31,18 +28,6 @@ log = logging.getLogger("openlance")
 
 Size = tuple[int, int]
 """(height, width) in pixels."""
-
-
-@dataclass(frozen=True)
-class Resolutions:
-    """Bucket resolutions of the two streams, in pixels of a square's side."""
-
-    vae: int
-    vit: int
-
-    @classmethod
-    def of(cls, sizes: Sizes, *, video: bool) -> Resolutions:
-        return cls(sizes.video, sizes.vit_video) if video else cls(sizes.image, sizes.vit_image)
 
 
 def load(source: Source, sizes: Sizes) -> Media:
@@ -54,14 +39,6 @@ def load(source: Source, sizes: Sizes) -> Media:
     if isinstance(source, Video):
         return Video(source.frames[select(len(source.frames), source.fps)], sizes.fps)
     return load_media(source, select)
-
-
-def semantic_view(frames: Frames, resolution: int, config: ModelConfig) -> View:
-    """What the ViT takes of frames uint8 [T, H, W, 3]."""
-    vision = config.vision
-    resized = resize_to_bucket(frames, resolution, VIT_DIVISOR)
-    patches, (t, h, w) = to_vit_patches(resized, vision.patch, vision.temporal_patch, vision.merge)
-    return View(grid=(t, h // vision.merge, w // vision.merge), patches=patches)
 
 
 @torch.inference_mode()

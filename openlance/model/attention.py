@@ -38,7 +38,32 @@ class Flex:
     compiled: bool = True
 
 
-Pattern = Full | CausalTail | Rows | Flex
+@dataclass(frozen=True, eq=False)
+class Alike:
+    """Streams of equal shape that lie one behind the other in memory.
+
+    queries: [streams, n] places among the queries. The keys of the first begin at `start`, those of the next
+    `stride` further on, and so forth; each has `length` of them.
+    """
+
+    queries: Tensor
+    start: int
+    stride: int
+    length: int
+
+
+@dataclass(frozen=True, eq=False)
+class Streams:
+    """Every query sees every key of its own stream: several targets, or next words, in one pass.
+
+    back: [N] where each query stands in the groups laid end to end.
+    """
+
+    groups: tuple[Alike, ...]
+    back: Tensor
+
+
+Pattern = Full | CausalTail | Rows | Flex | Streams
 
 
 def flex_pattern(visibility: Visibility) -> Flex:
@@ -62,6 +87,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> Tensor:
     """Grouped-query attention: q [N, heads, d]; k, v [M, kv_heads, d] → [N, heads, d]."""
     if isinstance(pattern, Rows):
         return _padded_rows(q, k, v, pattern)
+    if isinstance(pattern, Streams):
+        return _streams(q, k, v, pattern)
     q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
     if isinstance(pattern, Flex):
         out = _flex(pattern.compiled)(q, k, v, block_mask=pattern.block_mask, enable_gqa=True)
@@ -72,6 +99,23 @@ def attention(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> Tensor:
     else:
         out = F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
     return out[0].transpose(0, 1)
+
+
+def _streams(q: Tensor, k: Tensor, v: Tensor, pattern: Streams) -> Tensor:
+    """One call for all streams of a shape; their keys and values are views of where they lie."""
+    outs = []
+    for group in pattern.groups:
+        count = len(group.queries)
+        query = q[group.queries].transpose(1, 2)  # [streams, heads, n, d]
+        key, value = (
+            x[group.start : group.start + count * group.stride]
+            .unflatten(0, (count, group.stride))[:, : group.length]
+            .transpose(1, 2)
+            for x in (k, v)
+        )
+        out = F.scaled_dot_product_attention(query, key, value, enable_gqa=True)
+        outs.append(out.transpose(1, 2).flatten(0, 1))
+    return torch.cat(outs)[pattern.back]
 
 
 def _tail_mask(queries: int, keys: int, device: torch.device) -> Tensor:

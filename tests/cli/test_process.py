@@ -18,7 +18,7 @@ def test_a_stop_from_the_keyboard(run: Run, monkeypatch: pytest.MonkeyPatch) -> 
     def stop(*args: object, **options: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(LancePipeline, "generate_image", stop)
+    monkeypatch.setattr(LancePipeline, "run_each", stop)
     ran = run("generate", "a circle")
     assert (ran.code, ran.err.strip()) == (130, "openlance: stopped")
 

@@ -8,7 +8,7 @@ from tiny import config, vae
 
 from openlance.config import lance_3b
 from openlance.infer.memory import Estimator, Peak
-from openlance.infer.pipeline import PARTS_OF
+from openlance.infer.orders import PARTS_OF
 from openlance.model.checkpoint import count_parameters
 from openlance.sequence.template import Task
 

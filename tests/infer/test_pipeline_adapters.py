@@ -1,0 +1,61 @@
+"""Adapters in the pipeline: loaded by name, switched, merged, gone again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tiny import build_network
+
+from openlance.errors import InputError
+from openlance.infer.pipeline import LancePipeline
+from openlance.model.adapters import add_lora, save_adapter
+
+
+@pytest.fixture
+def adapted(tiny_checkpoint: Path, tmp_path: Path) -> tuple[LancePipeline, list[Path]]:
+    """A pipeline of its own, and two adapters that change much."""
+    folders = []
+    for seed in (1, 2):
+        model = build_network(0)
+        add_lora(model, ["gen"], rank=2, seed=seed)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "lora_B" in name:
+                    parameter.normal_(generator=torch.Generator().manual_seed(seed))
+        folders.append(tmp_path / f"adapter{seed}")
+        save_adapter(model, folders[-1])
+    return LancePipeline.from_pretrained(tiny_checkpoint, device="cpu"), folders
+
+
+def draw(lance: LancePipeline) -> np.ndarray:
+    return lance.generate_image("a red circle", seed=1, steps=2).frames
+
+
+def test_adapters_are_switched_and_leave_nothing_behind(adapted: tuple[LancePipeline, list[Path]]) -> None:
+    lance, (first, second) = adapted
+    plain = draw(lance)
+    lance.load_adapter(first, "first")
+    one = draw(lance)
+    lance.load_adapter(second, "second")
+    two = draw(lance)
+    assert not np.array_equal(plain, one) and not np.array_equal(one, two)
+    lance.set_adapters("first")
+    assert np.array_equal(draw(lance), one)
+    lance.set_adapters("first", "second")
+    assert not np.array_equal(draw(lance), one)
+    lance.unload_adapters()
+    assert np.array_equal(draw(lance), plain)
+    with pytest.raises(InputError, match="first"):
+        lance.set_adapters("first")
+
+
+def test_a_merged_adapter_draws_the_same(adapted: tuple[LancePipeline, list[Path]]) -> None:
+    lance, (first, _) = adapted
+    lance.load_adapter(first)
+    active = draw(lance).astype(int)
+    lance.merge_adapters()
+    assert not any("lora" in name for name, _ in lance.model.named_parameters())
+    assert np.abs(draw(lance) - active).max() <= 1
