@@ -39,6 +39,7 @@ class BackboneConfig:
     norm_eps: float = 1e-6
     rope_base: float = 1e6
     rope_sections: tuple[int, int, int] = (16, 24, 24)  # rotary pairs for time, height, width
+    qk_norm: bool = True  # Lance normalises queries and keys of each head; Qwen2.5-VL does not
 
     @property
     def head_dim(self) -> int:
@@ -244,30 +245,93 @@ def nano() -> ModelConfig:
     )  # fmt: skip
 
 
+TRAINABLE = ("und", "gen", "vision")
+SCHEDULES = ("constant", "cosine", "linear")
+PRECISIONS = ("float32", "bfloat16")
+
+
 @dataclass(frozen=True)
 class TrainConfig:
-    """One run of the training loop.
-
-    batch: samples a step. Losses: ce_weight · cross-entropy + mse_weight · velocity error, each a mean
-    over its own tokens. The learning rate warms up, stays, and falls to zero over the last `decay` of the
-    steps. drop_text: share of samples that lose the user's words, drop_all: that lose references too.
-    """
+    """One run of the training loop, on any number of processes."""
 
     steps: int
-    batch: int = 40
-    learning_rate: float = 1.5e-3
-    warmup: int = 200
+    """Updates of the weights."""
+    stage: str = "pre-training"
+    """Which mixture of tasks is drawn: pre-training, continual training or fine-tuning."""
+    lanes: int = 1
+    """Packs of samples in one step, over all processes: one for each, or several whose gradients are added
+    up."""
+    tokens: int = 4096
+    """Of one pack, at most; no sample is cut."""
+    longest: int | None = None
+    """Tokens of a sample; a longer one is left out and counted. Default: those of a pack."""
+    learning_rate: float = 1e-4
+    """The highest; it is reached after the warm-up."""
+    schedule: str = "constant"
+    """constant; cosine (to zero over all steps) or linear (to zero over the last ones)."""
+    warmup: int = 0
+    """Steps in which the learning rate rises."""
     decay: float = 0.3
+    """Share of the steps in which a linear schedule falls."""
     betas: tuple[float, float] = (0.9, 0.95)
+    """Of AdamW."""
     eps: float = 1e-15
+    """Of AdamW."""
     clip: float = 1.0
-    ema: float = 0.999
-    time_shift: float = 3.0
+    """Largest norm of the gradient."""
+    ema: float = 0.9999
+    """Decay of the averaged weights, which are what is measured and saved."""
+    time_shift: float = 1.0
+    """Of the times that are drawn: higher trains more near noise."""
     ce_weight: float = 0.25
+    """Of the cross-entropy, a mean over all answer tokens of a step."""
     mse_weight: float = 1.0
+    """Of the velocity error, a mean over all denoised tokens of a step."""
     drop_text: float = 0.1
+    """Share of generating samples that lose the user's words, for guidance."""
     drop_all: float = 0.0
+    """Share that lose what the user shows as well."""
+    trains: tuple[str, ...] = ("und", "gen")
+    """Parts that learn: und, gen, vision. (Never the VAE: the velocities are of its latents, which would
+    move.)"""
+    lora_rank: int = 0
+    """Above 0, the parts learn by low-rank adapters of their linear layers instead."""
+    lora_alpha: float = 32.0
+    """Adapters are scaled by this over their rank."""
+    lora_dropout: float = 0.0
+    """Of what goes into adapters."""
+    precision: str = "float32"
+    """Of the computation, float32 or bfloat16; weights and their updates stay float32."""
+    checkpointing: bool = False
+    """Compute activations again in the backward pass: a third slower, far less memory."""
+    compile: bool = False
+    """Layers through torch.compile."""
+    replicas: int = 1
+    """Copies of the model, each spread over its share of the processes (hybrid sharding)."""
+    save_every: int = 500
+    """Steps after which the run is saved."""
+    validate_every: int = 500
+    """Steps after which it is measured; 0: never."""
+    keep: int = 2
+    """Saved states that are kept, beside the best."""
     seed: int = 0
+    """Of data order, times, noise and new weights."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "lanes", "tokens", "keep", "save_every", "replicas"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} must be at least 1, not {getattr(self, name)}")
+        for name, known in (("schedule", SCHEDULES), ("precision", PRECISIONS)):
+            if getattr(self, name) not in known:
+                raise InputError(f"{name} must be one of {', '.join(known)}, not {getattr(self, name)!r}")
+        unknown = set(self.trains) - set(TRAINABLE)
+        if unknown or not self.trains:
+            raise InputError(
+                f"trains takes {', '.join(TRAINABLE)}, not {', '.join(sorted(unknown)) or 'nothing'}"
+            )
+        for name in ("drop_text", "drop_all", "decay", "ema"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise InputError(f"{name} must lie in [0, 1], not {getattr(self, name)}")
 
 
 PRESETS = {"lance_3b": lance_3b, "nano": nano}

@@ -80,7 +80,7 @@ def load_model(
         model = Lance(config, parts)
     with ExitStack() as files:
         stored = _stored_model(release, parts, model, files)
-        _fill(model, stored, device, dtype, release.folder, lambda name: to_released(name) or name)
+        fill(model, stored, device, dtype, release.folder, lambda name: to_released(name) or name)
     return model
 
 
@@ -99,9 +99,9 @@ def load_vae(
     with torch.device("meta"):
         vae = VAE(config.vae)
     with ExitStack() as files:
-        opened = _open(release.vae, files)
+        opened = open_tensors(release.vae, files)
         stored = {names.get(key, key): tensor for key, tensor in opened.items()}
-        _fill(vae, stored, device, dtype, release.vae, ours_to_released.__getitem__)
+        fill(vae, stored, device, dtype, release.vae, ours_to_released.__getitem__)
     return vae
 
 
@@ -130,7 +130,7 @@ def _stored_model(
     """Our name -> where its tensor is; released names that we do not have stand as they are."""
     stored = {}
     for path in release.weights:
-        for key, tensor in _open(path, files).items():
+        for key, tensor in open_tensors(path, files).items():
             name = to_ours(key)
             if name is None and key != POSITION_TABLE:
                 stored[key] = tensor
@@ -138,12 +138,12 @@ def _stored_model(
                 stored[name] = tensor
     lacking = any(part_of(name) == "vision" and name not in stored for name, _ in model.named_parameters())
     if lacking and release.vit is not None and (release.vit / VIT_WEIGHTS).is_file():
-        for key, tensor in _open(release.vit / VIT_WEIGHTS, files).items():
+        for key, tensor in open_tensors(release.vit / VIT_WEIGHTS, files).items():
             stored.setdefault(to_ours(VISION + key) or key, tensor)
     return stored
 
 
-def _open(path: Path, files: ExitStack) -> dict[str, Stored]:
+def open_tensors(path: Path, files: ExitStack) -> dict[str, Stored]:
     """The tensors of a .safetensors or .pth file, none of them read yet; `files` closes it."""
     if path.suffix == ".pth":
         return _open_pickled(path)
@@ -172,7 +172,7 @@ def _open_pickled(path: Path) -> dict[str, Stored]:
     }
 
 
-def _fill(
+def fill(
     module: nn.Module,
     stored: Mapping[str, Stored],
     device: torch.device | str,
@@ -182,9 +182,9 @@ def _fill(
 ) -> None:
     """Gives every parameter of a module built on meta its stored tensor, one after the other."""
     parameters = dict(module.named_parameters())
-    _check_fit({name: tuple(p.shape) for name, p in parameters.items()}, stored, where, released)
+    check_fit({name: tuple(p.shape) for name, p in parameters.items()}, stored, where, released)
     for name, parameter in parameters.items():
-        tensor = _read(stored[name], device, dtype)
+        tensor = read_tensor(stored[name], device, dtype)
         owner, _, leaf = name.rpartition(".")
         setattr(module.get_submodule(owner), leaf, nn.Parameter(tensor, parameter.requires_grad))
     module.to(device)  # buffers, which are computed and not stored
@@ -192,12 +192,16 @@ def _fill(
     assert not lost, f"built without values: {lost}"
 
 
-def _check_fit(
+def check_fit(
     wanted: Mapping[str, tuple[int, ...]],
     stored: Mapping[str, Stored],
     where: Path,
     released: Callable[[str], str],
 ) -> None:
+    """Raises InputError naming every parameter that is missing, surplus or misshapen.
+
+    wanted: our names -> shapes. stored: our names -> tensors. released: our name -> its name in the files.
+    """
     missing = [released(name) for name in wanted if name not in stored]
     surplus = [tensor.key for name, tensor in stored.items() if name not in wanted]
     misshapen = [
@@ -206,12 +210,13 @@ def _check_fit(
         if name in stored and stored[name].shape != shape
     ]
     kinds = {"missing": missing, "surplus": surplus, "misshapen": misshapen}
-    wrong = [f"{len(names)} {kind} ({some(names)})" for kind, names in kinds.items() if names]
+    unique = {kind: list(dict.fromkeys(names)) for kind, names in kinds.items()}  # one may serve two of ours
+    wrong = [f"{len(names)} {kind} ({some(names)})" for kind, names in unique.items() if names]
     if wrong:
         raise InputError(f"{where}: the weights do not fit the configuration: {'; '.join(wrong)}")
 
 
-def _read(stored: Stored, device: torch.device | str, dtype: torch.dtype) -> Tensor:
+def read_tensor(stored: Stored, device: torch.device | str, dtype: torch.dtype) -> Tensor:
     """A tensor of its own memory (never the mapped file's) in `dtype` on `device`, known to be finite."""
     try:
         raw = stored.read()

@@ -15,7 +15,7 @@ EXPERTS = ("und", "gen")
 
 
 class ExpertLayer(nn.Module):
-    """One expert's share of one layer: pre-norms, q/k/v/o with QK norms, and a SiLU-gated MLP."""
+    """One expert's share of one layer: pre-norms, q/k/v/o, QK norms if wanted, and a SiLU-gated MLP."""
 
     def __init__(self, config: BackboneConfig):
         super().__init__()
@@ -25,8 +25,8 @@ class ExpertLayer(nn.Module):
         self.q = nn.Linear(hidden, config.heads * size)
         self.k = nn.Linear(hidden, config.kv_heads * size)
         self.v = nn.Linear(hidden, config.kv_heads * size)
-        self.q_norm = nn.RMSNorm(size, eps)
-        self.k_norm = nn.RMSNorm(size, eps)
+        self.q_norm = nn.RMSNorm(size, eps) if config.qk_norm else nn.Identity()
+        self.k_norm = nn.RMSNorm(size, eps) if config.qk_norm else nn.Identity()
         self.o = nn.Linear(config.heads * size, hidden, bias=False)
         self.mlp_norm = nn.RMSNorm(hidden, eps)
         self.gate = nn.Linear(hidden, config.mlp, bias=False)

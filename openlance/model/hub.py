@@ -20,6 +20,7 @@ from openlance.model.release import (
     read_layout,
 )
 
+REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 BUNDLED = {"nano": Path(__file__).resolve().parents[1] / "assets" / "nano"}
 
 
@@ -45,12 +46,22 @@ def find_release(
         raise InputError(f"the bundled model {source} is not in this installation ({path})")
     if path.exists():
         raise InputError(f"{path}: a file; give the folder of a release")
-    if isinstance(source, str) and re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", source):
+    if isinstance(source, str) and REPOSITORY.fullmatch(source):
         return _download(source, variant, parts, weights)
     raise InputError(
         f"{source}: no such folder. Give the folder of a release, a Hugging Face id such as "
         f"bytedance-research/Lance, or {', '.join(BUNDLED)}"
     )
+
+
+def find_folder(source: str | Path, patterns: list[str]) -> Path:
+    """A local folder, or that of the files of a Hugging Face id that match. Raises InputError."""
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return path
+    if isinstance(source, str) and not path.exists() and REPOSITORY.fullmatch(source):
+        return _fetch(source, patterns)
+    raise InputError(f"{source}: no such folder. Give the folder of a checkpoint, or its Hugging Face id")
 
 
 def _download(repository: str, variant: str | None, parts: frozenset[str], weights: bool) -> Release:

@@ -83,7 +83,7 @@ def read_layout(path: Path, variant: str | None = None, *, weights: bool = True)
         root=root,
         variant=variant,
         folder=folder,
-        weights=_weight_files(folder) if weights else (),
+        weights=weight_files(folder) if weights else (),
         vit=vit if vit.is_dir() else None,
         vae=vae[0] if vae else None,
     )
@@ -104,7 +104,8 @@ def choose_variant(root: Path, variant: str | None) -> str:
     return variant
 
 
-def _weight_files(folder: Path) -> tuple[Path, ...]:
+def weight_files(folder: Path) -> tuple[Path, ...]:
+    """model.safetensors, or the shards that its index names. Raises InputError."""
     if (folder / WEIGHTS).is_file():
         return (folder / WEIGHTS,)
     index = folder / WEIGHTS_INDEX
@@ -134,7 +135,7 @@ def read_config(release: Release, tokenizer: Tokenizer | None = None) -> ModelCo
     tokenizer = tokenizer or Tokenizer.load(release.folder)
     llm_file = release.folder / LLM_CONFIG
     llm = read_json(llm_file)
-    backbone = _read_backbone(llm, llm_file, base.backbone)
+    backbone = read_backbone(llm, llm_file, base.backbone)
     vision_file = release.root / VIT_FOLDER / "config.json"
     vision = read_json(vision_file) if vision_file.is_file() else llm
     if not vision_file.is_file():
@@ -142,7 +143,7 @@ def read_config(release: Release, tokenizer: Tokenizer | None = None) -> ModelCo
     config = replace(
         base,
         backbone=backbone,
-        vision=_read_fields(
+        vision=read_fields(
             base.vision, vision.get("vision_config", vision), VISION_KEYS, vision_file, required=True
         ),
         vae=_read_vae(release.root / VAE_CONFIG, base.vae),
@@ -151,7 +152,7 @@ def read_config(release: Release, tokenizer: Tokenizer | None = None) -> ModelCo
     own = release.root / OWN_CONFIG
     if own.is_file():
         config = _read_own(config, read_json(own), own)
-    _check(config, tokenizer, release)
+    check_config(config, tokenizer, release)
     return config
 
 
@@ -164,6 +165,7 @@ def write_config(config: ModelConfig, root: Path, folder: Path, dtype: str) -> N
         **_write_fields(backbone, BACKBONE_KEYS),
         "hidden_act": "silu",
         "rope_scaling": {"type": "mrope", "mrope_section": list(backbone.rope_sections)},
+        "qk_norm": backbone.qk_norm,
         "tie_word_embeddings": False,
         "torch_dtype": dtype,
         "bos_token_id": tokens.endoftext,
@@ -207,18 +209,20 @@ def _listing(folder: Path) -> str:
     return some(sorted(entry.name for entry in folder.iterdir())) or "nothing"
 
 
-def _read_backbone(data: dict[str, Any], file: Path, base: BackboneConfig) -> BackboneConfig:
+def read_backbone(data: dict[str, Any], file: Path, base: BackboneConfig) -> BackboneConfig:
+    """The backbone's shapes from the settings of a Qwen2.5-VL text model; `qk_norm` is ours, and optional."""
     scaling = data.get("rope_scaling")
     sections = scaling.get("mrope_section") if isinstance(scaling, dict) else None
     if not isinstance(sections, list) or len(sections) != 3:
         raise InputError(f"{file}: rope_scaling.mrope_section must be three numbers, not {sections!r}")
     data = {**data, "mrope_section": sections}
-    return _read_fields(base, data, BACKBONE_KEYS | {"mrope_section": "rope_sections"}, file, required=True)
+    base = read_fields(base, data, {"qk_norm": "qk_norm"}, file)
+    return read_fields(base, data, BACKBONE_KEYS | {"mrope_section": "rope_sections"}, file, required=True)
 
 
 def _read_vae(file: Path, base: VAEConfig) -> VAEConfig:
     """The VAE's shapes; its strides follow from them (its network works on 2 by 2 pixels)."""
-    vae = _read_fields(base, read_json(file), VAE_KEYS, file) if file.is_file() else base
+    vae = read_fields(base, read_json(file), VAE_KEYS, file) if file.is_file() else base
     return replace(
         vae, spatial_stride=2 ** len(vae.multipliers), temporal_stride=2 ** sum(vae.temporal_downsample)
     )
@@ -241,7 +245,8 @@ def _read_own(config: ModelConfig, data: dict[str, Any], file: Path) -> ModelCon
     return replace(config, **values, vae=replace(config.vae, **statistics))
 
 
-def _check(config: ModelConfig, tokenizer: Tokenizer, release: Release) -> None:
+def check_config(config: ModelConfig, tokenizer: Tokenizer, release: Release) -> None:
+    """Whether backbone, vision, VAE and tokenizer fit together. Raises InputError."""
     backbone, vae, vision = config.backbone, config.vae, config.vision
     if tokenizer.size > backbone.vocab:
         raise InputError(
@@ -261,7 +266,7 @@ def _check(config: ModelConfig, tokenizer: Tokenizer, release: Release) -> None:
             )
 
 
-def _read_fields(
+def read_fields(
     base: Config, data: Any, keys: Mapping[str, str], file: Path, required: bool = False
 ) -> Config:
     """`base` with the fields that `data` holds under the released keys; other keys are not ours to judge."""

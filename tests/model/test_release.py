@@ -38,7 +38,7 @@ def test_every_field_has_a_place_in_the_files() -> None:
         return {field.name for field in dataclasses.fields(kind)}
 
     strides = {"spatial_stride", "temporal_stride"}  # follow from the shapes
-    assert set(layout.BACKBONE_KEYS.values()) | {"rope_sections"} == fields(BackboneConfig)
+    assert set(layout.BACKBONE_KEYS.values()) | {"rope_sections", "qk_norm"} == fields(BackboneConfig)
     assert set(layout.VISION_KEYS.values()) == fields(VisionConfig)
     assert set(layout.VAE_KEYS.values()) | set(layout.OWN_VAE_FIELDS) | strides == fields(VAEConfig)
 
