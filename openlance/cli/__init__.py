@@ -15,7 +15,8 @@ import tyro
 from tyro.extras import SubcommandApp
 
 from openlance import __version__
-from openlance.cli import about, create, words
+from openlance.cli import about, create, data, data_encode, data_example, plan, words
+from openlance.cli.train import train_command
 from openlance.errors import InputError
 
 DESCRIPTION = """Run and train Lance: one model that understands, generates and edits images and videos.
@@ -35,6 +36,7 @@ CONFIG = (
     tyro.conf.DisallowNone,
     tyro.conf.PositionalMetavarFromFieldName,
 )
+PRESET = "lora"
 INTERRUPTED, BROKEN_PIPE = 130, 141  # 128 + the number of the signal, as shells count
 
 
@@ -66,21 +68,38 @@ def _run(args: Sequence[str]) -> None:
         return
     brief = not args or args[0].startswith("-")
     with _notes():
-        app(brief).cli(prog="openlance", description=DESCRIPTION, args=args, config=CONFIG)
+        app(brief, _preset(args)).cli(prog="openlance", description=DESCRIPTION, args=args, config=CONFIG)
 
 
-def app(brief: bool = False) -> SubcommandApp:
-    """All commands; those with a second word are an app of their own. brief: for a list of them all."""
-    train, evaluate, commands = SubcommandApp(), SubcommandApp(), SubcommandApp()
-    train.command(name="nano")(about.train_nano)
+def app(brief: bool = False, preset: str = PRESET) -> SubcommandApp:
+    """All commands; those with a second word are an app of their own. brief: for a list of them all.
+
+    preset: whose values are the defaults of `train`.
+    """
+    evaluate, looks, commands = (SubcommandApp() for _ in range(3))
     evaluate.command(name="nano-bench")(about.nano_bench)
+    for look in (data.check, data_encode.encode, data_example.example):
+        looks.command(look)
     made = (create.generate, create.video, create.animate, create.edit, create.subject)
-    for command in (*made, words.ask, words.chat, about.info, about.show, about.demo):
+    train = train_command(preset)
+    for command in (*made, words.ask, words.chat, train, plan.plan, about.info, about.show, about.demo):
         first_line = str(command.__doc__).partition("\n")[0]
         commands.command(help=first_line if brief else None)(command)
-    commands.command(train, name="train", help="Train a model.")
     commands.command(evaluate, name="eval", help="Measure a model.")
+    commands.command(looks, name="data", help="Check and encode training data.")
     return commands
+
+
+def _preset(args: Sequence[str]) -> str:
+    """The preset that a command line names, before the rest of it is read."""
+    if args[:1] != ["train"]:
+        return PRESET
+    for word, following in zip(args, [*args[1:], ""], strict=True):
+        if word == "--preset" and following:
+            return following
+        if word.startswith("--preset="):
+            return word.partition("=")[2]
+    return PRESET
 
 
 def _out_of_memory(error: Exception) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -92,51 +91,6 @@ def demo(
 
     check_seed(seed)
     run(load.pipeline(Task), out, seed=seed, **sampling.settings({}))
-
-
-def train_nano(
-    *,
-    run_dir: Annotated[Path, option("What is done is kept here; the same command goes on from it.")] = Path(
-        "runs/nano"
-    ),
-    steps: Annotated[int | None, option("Of the whole backbone, on all tasks.")] = None,
-    word_steps: Annotated[int | None, option("Of the understanding expert before that.")] = None,
-    batch: Annotated[int | None, option("Samples a step.")] = None,
-    vae_minutes: Annotated[float | None, option("For the VAE on pictures.")] = None,
-    clip_minutes: Annotated[float | None, option("For the VAE on clips.")] = None,
-    vision_minutes: Annotated[float | None, option("For the vision tower.")] = None,
-    items: Annotated[
-        tuple[int, int, int, int] | None, option("Encoded images, edits, subjects and clips.")
-    ] = None,
-    threads: Annotated[int, option("CPU threads.")] = 2,
-) -> None:
-    """Train the bundled model from nothing: tokenizer, vision tower, VAE, backbone.
-
-    Stop it at any time; the same command goes on. Defaults are the recipe's. The model comes to RUN_DIR/nano.
-
-    For example:
-      openlance train nano
-      openlance generate "a red circle" --model runs/nano/nano
-    """
-    from openlance.data.save import check_folder
-    from openlance.train.nano import NanoRecipe
-    from openlance.train.nano import train_nano as train
-
-    def stage(config: Any, count: int | None) -> Any:
-        changes = {name: value for name, value in (("steps", count), ("batch", batch)) if value is not None}
-        if any(value < 1 for value in changes.values()):
-            raise InputError("steps and batch must be at least 1")
-        return replace(config, **changes)
-
-    check_folder(run_dir / "model.pt")
-    recipe = NanoRecipe()
-    changes: dict[str, Any] = {
-        "vae_minutes": vae_minutes, "clip_minutes": clip_minutes, "vision_minutes": vision_minutes,
-        "items": items,
-    }  # fmt: skip
-    changes = {name: value for name, value in changes.items() if value is not None}
-    changes |= {"words": stage(recipe.words, word_steps), "train": stage(recipe.train, steps)}
-    print(train(run_dir, replace(recipe, **changes), threads=threads))
 
 
 def nano_bench(

@@ -42,6 +42,8 @@ class LoadOptions:
     """"nano" (bundled), a folder in the released layout, or a Hugging Face id such as owner/name."""
     variant: Maybe[str] = None
     """Lance_3B or Lance_3B_Video, where a folder holds both."""
+    adapter: Maybe[Path] = None
+    """Folder of a LoRA adapter for the model, as `openlance train` writes it."""
     device: Maybe[str] = None
     """cpu, cuda, cuda:1 or mps. Default: the best there is."""
     dtype: Maybe[Literal["float32", "bfloat16", "float16"]] = None
@@ -68,7 +70,7 @@ class LoadOptions:
             sizes |= {"image": self.resolution, "video": self.resolution}
         if self.vit_resolution is not None:
             sizes |= {"vit_image": self.vit_resolution, "vit_video": self.vit_resolution}
-        return LancePipeline.from_pretrained(
+        pipeline = LancePipeline.from_pretrained(
             self.model,
             variant=self.variant,
             device=self.device,
@@ -76,6 +78,9 @@ class LoadOptions:
             tasks=[Task(task) for task in tasks],
             sizes=sizes,
         )
+        if self.adapter is not None:
+            pipeline.load_adapter(self.adapter)
+        return pipeline
 
 
 @dataclass(frozen=True)

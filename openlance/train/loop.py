@@ -1,88 +1,309 @@
-"""The one training loop: draws a batch, steps, keeps an average, and can be stopped and resumed."""
+"""The one training loop, for every stage, on one process or many."""
 
 from __future__ import annotations
 
-import copy
 import json
 import math
-import os
-import time
-from collections.abc import Callable
-from dataclasses import dataclass
+import signal
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-from torch import Tensor, nn
-from tqdm import tqdm
+from torch import Tensor
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.tensor import DTensor
 
-from openlance.config import TrainConfig, to_dict
+from openlance.config import ModelConfig, TrainConfig, to_dict
 from openlance.errors import InputError
 from openlance.flow.path import draw_times
+from openlance.model.attention import Pattern, flex_pattern
 from openlance.model.lance import Lance
+from openlance.model.names import part_of
 from openlance.sequence.pack import PackedBatch, pack
-from openlance.sequence.segment import Role, Sample, without
-from openlance.train.losses import losses
+from openlance.sequence.segment import Kind, Role, Sample, Segment, without
+from openlance.train.checkpoint import Checkpoints
+from openlance.train.flops import device_peak_flops, flops_per_step, work_of
+from openlance.train.losses import Counts, Losses, Objective
+from openlance.train.parallel import Ranks, spread, trained_parameters, whole_state
+from openlance.train.report import NoTracker, Report, Tracker
+from openlance.train.update import Average, learning_rate, make_optimizer
 
-Samples = Callable[[int], list[Sample]]
-"""Step number → its samples, always the same for the same step, so that a resumed run sees the same data."""
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
+CONFIG = "config.json"
 CONDITIONS = (Role.USER, Role.SOURCE, Role.REFERENCE)
+
+
+class Pack(Protocol):
+    """Samples that go through the network together. ids: their names, for messages."""
+
+    @property
+    def lane(self) -> int: ...
+
+    @property
+    def samples(self) -> list[Sample]: ...
+
+    @property
+    def ids(self) -> Sequence[str]: ...
+
+
+class Feed(Protocol):
+    """Where the packs of a step come from: see `openlance.data.lanes`."""
+
+    def packs(self, step: int) -> Iterator[Pack]:
+        """The packs of this process, in the order of their lanes."""
+        ...
+
+    def state(self) -> dict[str, Any]:
+        """Where this process's lanes stand, by lane; plain enough for JSON."""
+        ...
+
+    def restore(self, states: Mapping[str, Any]) -> None:
+        """Go on from the states of all lanes."""
+        ...
 
 
 class NonFiniteLoss(RuntimeError):
     """The loss is not a number; the run stopped before the weights were touched."""
 
 
-@dataclass(eq=False)
-class State:
-    """Everything that a resumed run needs: weights, their average, the optimiser and the step reached."""
+class Stopped(Exception):
+    """The run was asked to stop (SIGTERM or SIGINT), and has saved its state."""
 
-    model: Lance
-    ema: Lance
-    optimizer: torch.optim.Optimizer
+    def __init__(self, step: int, signal_number: int):
+        super().__init__(f"saved at step {step}")
+        self.signal_number = signal_number
+
+
+@dataclass(frozen=True, eq=False)
+class Validation:
+    """What is measured at intervals, on the averaged weights.
+
+    held_out: packs by task. sample: the network and the step to pictures by name; called on the main process
+    with the whole network.
+    """
+
+    held_out: Mapping[str, Sequence[Pack]] = field(default_factory=dict)
+    sample: Callable[[Lance, int], Mapping[str, Image]] | None = None
+
+
+@dataclass(eq=False)
+class Run:
+    """Everything that changes while training: weights, average, optimiser, data, step."""
+
+    config: TrainConfig
+    objective: Objective
+    feed: Feed
+    ranks: Ranks
+    checkpoints: Checkpoints
     step: int = 0
 
-    def save(self, path: Path) -> None:
-        """Write atomically: a killed process leaves the old file or the new one."""
-        parts = {name: getattr(self, name).state_dict() for name in ("model", "ema", "optimizer")}
-        save_atomically({**parts, "step": self.step}, path)
+    def __post_init__(self) -> None:
+        self.model_config = self.objective.model.config
+        self.trained = trained_parameters(self.objective)
+        self.optimizer = make_optimizer(self.trained, self.config)
+        self.average = Average(self.trained, self.config.ema)
 
-    def load(self, path: Path) -> None:
-        """Raises InputError where the file does not hold a state of this model."""
-        try:
-            parts = torch.load(path, weights_only=True)
-            for name in ("model", "ema", "optimizer"):
-                getattr(self, name).load_state_dict(parts[name])
-            self.step = parts["step"]
-        except (RuntimeError, KeyError, EOFError, ValueError) as error:
-            raise InputError(
-                f"{path} does not hold a state of this model: {error}. Remove it to start anew"
-            ) from error
+    def save(self, score: float | None = None) -> None:
+        """Start writing the state of this step."""
+        lanes: dict[str, Any] = {}
+        for states in self.ranks.gather(self.feed.state()):
+            lanes |= states
+        self.checkpoints.save(self.step, self._tensors(), {"step": self.step, "lanes": lanes}, score)
+
+    def resume(self) -> None:
+        """Go on from the last complete state, where there is one."""
+        steps = self.checkpoints.steps()
+        if not steps:
+            return
+        tensors = self._tensors()
+        state = self.checkpoints.load(steps[-1], tensors)  # weights and average in place
+        set_optimizer_state_dict(self.objective, self.optimizer, tensors["optimizer"], options=_TRAINED)
+        self.step = state["step"]
+        self.feed.restore(state["lanes"])
+
+    def _tensors(self) -> dict[str, Any]:
+        return {
+            "model": {name: parameter.detach() for name, parameter in self.trained.items()},
+            "average": self.average.values,
+            "optimizer": get_optimizer_state_dict(self.objective, self.optimizer, options=_TRAINED),
+        }
 
 
-def save_atomically(value: object, path: Path) -> None:
-    """torch.save to a neighbouring file, then rename over `path`."""
-    draft = path.with_suffix(".draft")
-    torch.save(value, draft)
-    os.replace(draft, path)
+_TRAINED = StateDictOptions(ignore_frozen_params=True)
 
 
-def learning_rate(step: int, config: TrainConfig) -> float:
-    """Linear warm-up, constant, then linear to zero over the last `decay` of the steps."""
-    rise = min(1.0, (step + 1) / max(1, config.warmup))
-    fall = (config.steps - step) / max(1.0, config.decay * config.steps)
-    return config.learning_rate * min(rise, fall, 1.0)
+def train(
+    model: Lance,
+    feed: Feed,
+    config: TrainConfig,
+    run_dir: Path,
+    *,
+    ranks: Ranks | None = None,
+    vocabulary: int | None = None,
+    resume: bool = False,
+    validation: Validation | None = None,
+    tracker: Tracker | None = None,
+) -> Mapping[str, Tensor]:
+    """Train, and give the averaged weights of the whole network (on the main process; nothing on the others).
+
+    run_dir: states, log and configuration. resume: go on from its last state, where there is one; without it
+    a folder that holds a run is refused. vocabulary: ids at or above are never learnt (the table is padded).
+    Raises NonFiniteLoss with the ids, Stopped after a signal, InputError for a folder or state that does not
+    fit.
+    """
+    ranks = Ranks(device=model.device) if ranks is None else ranks
+    validation = Validation() if validation is None else validation
+    checkpoints = Checkpoints(run_dir, config.keep, ranks)
+    if checkpoints.steps() and not resume:
+        raise InputError(f"{run_dir}: holds a run already; --resume goes on from it")
+    freeze(model, config)
+    run = Run(config, spread(model, config, ranks, vocabulary), feed, ranks, checkpoints)
+    run.resume()
+    if ranks.main:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        (run_dir / CONFIG).write_text(json.dumps(to_dict(config), indent=1))
+    report = Report(run_dir, run.step, config.steps, config.stage, tracker or NoTracker(), ranks)
+    try:
+        with _asked_to_stop() as asked:
+            while run.step < config.steps:
+                stop = _update(run, report, asked)
+                last = run.step == config.steps
+                score = None
+                if last or (config.validate_every and run.step % config.validate_every == 0):
+                    score = validate(run, validation, report)
+                if last or stop or score is not None or run.step % config.save_every == 0:
+                    run.save(score)
+                if stop and not last:
+                    checkpoints.finish()
+                    raise Stopped(run.step, stop)
+                if checkpoints.done():
+                    checkpoints.finish()
+        checkpoints.finish()
+    finally:
+        report.close()
+    with run.average.applied():
+        return whole_state(run.objective, ranks)
+
+
+def freeze(model: Lance, config: TrainConfig) -> None:
+    """Let only the parts learn that are to; with adapters, only those of these parts."""
+    for name, parameter in model.named_parameters():
+        adapter = "lora_" in name
+        wanted = adapter if config.lora_rank else not adapter
+        parameter.requires_grad_(wanted and part_of(name) in config.trains)
+
+
+def _update(run: Run, report: Report, asked: list[int]) -> int:
+    """One step: gradients of all packs, one update. Gives the number of the signal to stop, 0 for none."""
+    config, ranks, step = run.config, run.ranks, run.step
+    packs = list(run.feed.packs(step))
+    drawn = [_draw(run, given) for given in packs]
+    own = Counts.of(*(batch for batch, _ in drawn))
+    own_tokens = sum(batch.tokens for batch, _ in drawn)
+    places = sum(rows.numel() for batch, _ in drawn for rows in batch.rows) or own_tokens
+    work = work_of(sample for given in packs for sample in given.samples)
+    own_flops = flops_per_step(run.model_config, work, trains=config.trains)
+    signals = [float(number in asked) for number in (signal.SIGTERM, signal.SIGINT)]
+    answers, denoised, tokens, padded, flops, terminate, interrupt = ranks.total(
+        [own.answers, own.denoised, own_tokens, places, own_flops, *signals]
+    )
+    counts = Counts(answers, denoised)
+    torch.manual_seed(hash((config.seed, step, ranks.rank)) % 2**63)  # dropout of adapters
+    ce, mse, norm = _gradients(run, packs, drawn, counts)
+    rate = learning_rate(step, config)
+    for group in run.optimizer.param_groups:
+        group["lr"] = rate
+    run.optimizer.step()
+    run.average.update(step)
+    run.step += 1
+    means = {"ce": (ce, answers), "mse": (mse, denoised)}
+    values = {name: total / count for name, (total, count) in means.items() if count}
+    values |= {"norm": norm, "rate": rate, "padding": 1 - tokens / padded}
+    report.step(run.step, values, tokens, flops, _peak(ranks))
+    return signal.SIGTERM if terminate else signal.SIGINT if interrupt else 0
+
+
+def _gradients(
+    run: Run, packs: Sequence[Pack], drawn: Sequence[tuple[PackedBatch, Tensor]], counts: Counts
+) -> tuple[float, float, float]:
+    """Gradients of all packs, clipped: (cross-entropy, velocity error, norm), summed over all processes.
+
+    Raises NonFiniteLoss before anything is updated.
+    """
+    ranks, step = run.ranks, run.step
+    sums = [0.0, 0.0]
+    run.optimizer.zero_grad(set_to_none=True)
+    for given, (batch, noise) in zip(packs, drawn, strict=True):
+        found = run.objective(batch, noise, counts, _pattern(batch))
+        (found.total * ranks.size).backward()  # gradients are averaged over the processes
+        own = [float(found.ce.detach().sum()), float(found.mse.detach().sum())]
+        if not all(map(math.isfinite, own)):
+            _keep_evidence(run, given, batch, noise)
+        sums = [total + value for total, value in zip(sums, own, strict=True)]
+    norm = float(_whole(torch.nn.utils.clip_grad_norm_(list(run.trained.values()), run.config.clip)))
+    ce, mse = ranks.total(sums)
+    if not all(map(math.isfinite, (ce, mse, norm))):
+        named = ranks.gather([given.ids for given in packs])
+        ids = [name for rank in named for names in rank for name in names]
+        raise NonFiniteLoss(
+            f"the loss at step {step} is not a number (ce {ce}, mse {mse}, gradient norm {norm}); the "
+            f"weights are as before it. What caused it is kept in {run.checkpoints.folder}/"
+            f"non-finite-{step}-*.pt. Rows: {', '.join(ids)}"
+        )
+    return ce, mse, norm
+
+
+def _peak(ranks: Ranks) -> float:
+    """Operations a second that all devices could do, 0 where it is not known."""
+    if ranks.device.type != "cuda":
+        return 0.0
+    return ranks.size * (device_peak_flops(torch.cuda.get_device_name(ranks.device)) or 0.0)
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    """The value of a tensor that may be spread over processes."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def _draw(run: Run, given: Pack) -> tuple[PackedBatch, Tensor]:
+    generator = _generator(run.config, run.step, given.lane)
+    return draw_batch(given.samples, run.model_config, run.config, generator, run.ranks.device)
+
+
+def _pattern(batch: PackedBatch) -> Pattern | None:
+    """FlexAttention on CUDA; elsewhere the batch's own dense rows."""
+    return None if batch.rows else flex_pattern(batch.visibility)
+
+
+def _generator(config: TrainConfig, step: int, lane: int) -> torch.Generator:
+    """Of a pack: the same on any number of processes."""
+    return torch.Generator().manual_seed((config.seed * 1_000_003 + step) * 1_009 + lane)
 
 
 def draw_batch(
-    samples: list[Sample], model: Lance, config: TrainConfig, generator: torch.Generator
+    samples: Sequence[Sample],
+    model: ModelConfig,
+    config: TrainConfig,
+    generator: torch.Generator,
+    device: torch.device | str = "cpu",
 ) -> tuple[PackedBatch, Tensor]:
     """Condition dropout, a time for each sample, and noise [g, channels] for its latents."""
     dropped = [_drop(sample, config, generator) for sample in samples]
-    times = draw_times(len(samples), config.time_shift, generator)
-    batch = pack(dropped, model.config, times=times.tolist())
+    times = draw_times(len(samples), config.time_shift, generator).tolist()
+    filler = _filler(dropped, model, config)
+    dense = torch.device(device).type != "cuda"
+    batch = pack([*dropped, *filler], model, times=[*times, *[0.0] * len(filler)], dense=dense)
     noise = torch.randn(batch.latents.shape, generator=generator)
-    return batch.to(model.device, model.dtype), noise.to(model.device, model.dtype)
+    return batch.to(device), noise.to(device)
 
 
 def _drop(sample: Sample, config: TrainConfig, generator: torch.Generator) -> Sample:
@@ -95,83 +316,90 @@ def _drop(sample: Sample, config: TrainConfig, generator: torch.Generator) -> Sa
     return without(sample, Role.USER) if chance < config.drop_all + config.drop_text else sample
 
 
-def train(
-    model: Lance,
-    samples: Samples,
-    config: TrainConfig,
-    run_dir: Path,
-    *,
-    vocabulary: int | None = None,
-    validate: Callable[[Lance, int], dict[str, float]] | None = None,
-    validate_every: int = 500,
-    save_seconds: float = 60.0,
-    name: str = "joint",
-) -> Lance:
-    """Train the backbone (the vision tower stays as it is) and return the averaged model.
-
-    Goes on from `run_dir/<name>.pt` where that exists; logs to `run_dir/<name>.jsonl`. Raises
-    NonFiniteLoss with the step, and InputError for a state file of another model.
-    """
-    run_dir.mkdir(parents=True, exist_ok=True)
-    trained = _trained(model)
-    optimizer = torch.optim.AdamW(
-        trained, config.learning_rate, config.betas, config.eps, weight_decay=0.0, fused=True
-    )
-    state = State(model, copy.deepcopy(model).requires_grad_(False), optimizer)
-    file = run_dir / f"{name}.pt"
-    if file.exists():
-        state.load(file)
-    (run_dir / f"{name}.json").write_text(json.dumps(to_dict(config), indent=1))
-    saved, mean = time.monotonic(), {"ce": math.nan, "mse": math.nan}
-    bar = tqdm(range(state.step, config.steps), initial=state.step, total=config.steps, desc=name)
-    with open(run_dir / f"{name}.jsonl", "a") as log:
-        for step in bar:
-            found = _step(state, samples(step), config, trained, vocabulary)
-            mean = {k: v if math.isnan(mean[k]) else 0.98 * mean[k] + 0.02 * found.get(k, mean[k])
-                    for k, v in ({**mean, **found}).items()}  # fmt: skip
-            bar.set_postfix({k: f"{v:.3f}" for k, v in mean.items()})
-            state.step = step + 1
-            last = state.step == config.steps
-            if state.step % 50 == 0 or last:
-                print(json.dumps({"step": state.step, **mean}), file=log, flush=True)
-            if validate is not None and (state.step % validate_every == 0 or last):
-                scores = validate(state.ema, state.step)
-                print(json.dumps({"step": state.step, **scores}), file=log, flush=True)
-                bar.write(f"step {state.step}: " + ", ".join(f"{k} {v:.3f}" for k, v in scores.items()))
-            if last or time.monotonic() - saved > save_seconds:
-                state.save(file)
-                saved = time.monotonic()
-    return state.ema
-
-
-def _trained(model: Lance) -> list[nn.Parameter]:
-    """Everything but the vision tower."""
-    return [p for name, p in model.named_parameters() if not name.startswith("vision.")]
-
-
-def _step(
-    state: State,
-    samples: list[Sample],
-    config: TrainConfig,
-    trained: list[nn.Parameter],
-    vocabulary: int | None,
-) -> dict[str, float]:
-    """One update; its mean losses."""
-    generator = torch.Generator().manual_seed(config.seed * 1_000_003 + state.step)
-    batch, noise = draw_batch(samples, state.model, config, generator)
-    found = losses(state.model, batch, config, noise, vocabulary=vocabulary)
-    if not torch.isfinite(found.total):
-        raise NonFiniteLoss(
-            f"the loss at step {state.step} is {found.total.item()}; the last saved state is sound"
+def _filler(samples: Sequence[Sample], model: ModelConfig, config: TrainConfig) -> list[Sample]:
+    """A sample of one token for each part that learns and that no sample uses: it carries no loss (see
+    Objective)."""
+    kinds = {segment.kind for sample in samples for segment in sample}
+    filler: Sample = []
+    if "vision" in config.trains and Kind.VIT not in kinds:
+        width = 3 * model.vision.temporal_patch * model.vision.patch**2
+        patches = torch.zeros(model.vision.merge**2, width)
+        filler.append(Segment(Kind.VIT, Role.SOURCE, grid=(1, 1, 1), patches=patches))
+    if not kinds & {Kind.CLEAN, Kind.NOISY}:
+        filler.append(
+            Segment(Kind.CLEAN, Role.SOURCE, grid=(1, 1, 1), latents=torch.zeros(1, 1, 1, model.vae.channels))
         )
-    state.optimizer.zero_grad(set_to_none=True)
-    found.total.backward()
-    torch.nn.utils.clip_grad_norm_(trained, config.clip)
-    for group in state.optimizer.param_groups:
-        group["lr"] = learning_rate(state.step, config)
-    state.optimizer.step()
-    decay = min(config.ema, (1 + state.step) / (10 + state.step))
-    with torch.no_grad():
-        for averaged, parameter in zip(_trained(state.ema), trained, strict=True):
-            averaged.lerp_(parameter, 1 - decay)
-    return {k: float(v.detach().mean()) for k, v in (("ce", found.ce), ("mse", found.mse)) if len(v)}
+    return [filler] if filler else []
+
+
+@torch.no_grad()
+def validate(run: Run, validation: Validation, report: Report) -> float | None:
+    """Mean losses of each task, and their weighted sum, on the averaged weights; pictures to the tracker."""
+    means: dict[str, float] = {}
+    with run.average.applied():
+        for task, packs in validation.held_out.items():
+            ce, mse, counts = 0.0, 0.0, [0.0, 0.0]
+            for number, held in enumerate(packs):
+                generator = _generator(run.config, 0, number)
+                whole = replace(run.config, drop_text=0.0, drop_all=0.0)
+                batch, noise = draw_batch(held.samples, run.model_config, whole, generator, run.ranks.device)
+                found: Losses = run.objective(batch, noise, Counts(1, 1), _pattern(batch))
+                ce, mse = ce + float(found.ce.sum()), mse + float(found.mse.sum())
+                counts = [counts[0] + len(found.ce), counts[1] + len(found.mse)]
+            for name, total, count in (("ce", ce, counts[0]), ("mse", mse, counts[1])):
+                if count:
+                    means[f"held_out/{task}/{name}"] = total / count
+        if means:
+            report.say(run.step, means)
+        if validation.sample is not None:
+            _sample(run, validation.sample, report)
+    if not means:
+        return None
+    weights = {"ce": run.config.ce_weight, "mse": run.config.mse_weight}
+    return sum(weights[name.rpartition("/")[2]] * value for name, value in means.items())
+
+
+def _sample(run: Run, sample: Callable[[Lance, int], Mapping[str, Image]], report: Report) -> None:
+    """Pictures by the whole network, on the main process."""
+    model = run.objective.model
+    if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+        state = whole_state(run.objective, run.ranks)
+        if run.ranks.main:
+            with torch.device("meta"):
+                model = Lance(run.model_config, model.parts)
+            model.load_state_dict(state, assign=True)
+    if run.ranks.main:
+        training = model.training
+        report.pictures(run.step, sample(model.eval(), run.step))
+        model.train(training)
+    run.ranks.total([0.0])
+
+
+def _keep_evidence(run: Run, pack: Pack, batch: PackedBatch, noise: Tensor) -> None:
+    """What went through the network when the loss was not a number, to be looked at later."""
+    run.checkpoints.folder.mkdir(parents=True, exist_ok=True)
+    file = run.checkpoints.folder / f"non-finite-{run.step}-{pack.lane}.pt"
+    tensors = {name: value for name, value in vars(batch).items() if isinstance(value, Tensor)}
+    torch.save({"step": run.step, "ids": list(pack.ids), "noise": noise.cpu(), "batch": tensors}, file)
+
+
+@contextmanager
+def _asked_to_stop() -> Iterator[list[int]]:
+    """Collects SIGTERM and SIGINT instead of dying of them; a second SIGINT is obeyed at once."""
+    asked: list[int] = []
+
+    def note(number: int, frame: object) -> None:
+        if signal.SIGINT in asked and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        asked.append(number)
+
+    try:
+        old = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    except ValueError:  # not in the main thread: whoever runs us there decides
+        yield asked
+        return
+    try:
+        yield asked
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)

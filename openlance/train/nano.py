@@ -1,13 +1,13 @@
-"""The recipe of the bundled model, from nothing: tokenizer, VAE, ViT, encoded world, backbone.
+"""What the bundled model is trained on: its frozen parts, the encoded world, and a mixture for each stage.
 
-Every stage leaves its result in the run folder and is skipped when that is there; VAE, ViT and backbone
-also save as they go, so that a stopped run goes on where it was.
+The frozen parts (tokenizer, ViT, VAE) and the encoded world are made once, each saved as it goes and left
+alone when it is there; the stages themselves are presets of `openlance.train.presets`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -16,18 +16,27 @@ from safetensors.torch import load_file
 from torch import nn
 
 from openlance.config import ModelConfig, TrainConfig, nano
-from openlance.data.tasks import to_sample
-from openlance.model.checkpoint import save_pretrained
 from openlance.model.lance import Lance
 from openlance.model.vae import VAE
 from openlance.model.vision import Vision
 from openlance.sequence.template import Task
 from openlance.tokenizer import Tokenizer, train_tokenizer
-from openlance.train.loop import Samples, train
-from openlance.train.nano_data import CLIP, KINDS, EncodedWorld, encode_features, encode_latents, stored
+from openlance.train.nano_data import (
+    CLIP,
+    KINDS,
+    EncodedWorld,
+    WorldFeed,
+    WorldPack,
+    encode_features,
+    encode_latents,
+    stored,
+)
 from openlance.train.nano_vae import read_vae_config, train_clips, train_vae
 from openlance.train.nano_vision import train_vision
+from openlance.train.parallel import Ranks
 from openlance.world import vocabulary_texts
+
+M = TypeVar("M", bound=nn.Module)
 
 # Short, since every token costs time where two CPU cores are all there is.
 SYSTEM_PROMPTS: dict[str, str] = {
@@ -45,82 +54,102 @@ SYSTEM_PROMPTS: dict[str, str] = {
     "caption_video": "describe film",
 }
 
-# Shares of samples. Drawing and answering come first; the rest shows that every task is learnt at all.
-M = TypeVar("M", bound=nn.Module)
-
-WORDS = {Task.X2T_IMAGE: 0.93, Task.X2T_VIDEO: 0.07}
-MIXTURE = {
-    Task.T2I: 0.60,
-    Task.X2T_IMAGE: 0.17,
+# Shares of samples. Outlines come last and need most pictures, so drawing has most of the first stage.
+PRE_TRAINING: dict[Task, float] = {
+    Task.T2I: 0.72,
+    Task.X2T_IMAGE: 0.11,
     Task.IMAGE_EDIT: 0.12,
-    Task.SUBJECT_IMAGE: 0.02,
-    Task.T2V: 0.02,
-    Task.I2V: 0.03,
-    Task.X2T_VIDEO: 0.03,
+    Task.SUBJECT_IMAGE: 0.01,
+    Task.T2V: 0.007,
+    Task.I2V: 0.013,
+    Task.X2T_VIDEO: 0.01,
     Task.VIDEO_EDIT: 0.01,
 }
+CONTINUAL: dict[Task, float] = {
+    Task.T2I: 0.50,
+    Task.X2T_IMAGE: 0.15,
+    Task.IMAGE_EDIT: 0.22,
+    Task.SUBJECT_IMAGE: 0.03,
+    Task.T2V: 0.02,
+    Task.I2V: 0.03,
+    Task.X2T_VIDEO: 0.02,
+    Task.VIDEO_EDIT: 0.03,
+}
+MIXTURES: dict[str, Mapping[Task, float]] = {
+    "pre-training": PRE_TRAINING,
+    "continual training": CONTINUAL,
+    "fine-tuning": CONTINUAL,
+}
+HELD_OUT_TASKS = (Task.T2I, Task.IMAGE_EDIT, Task.X2T_IMAGE)
+HELD_OUT_PACKS = 2
 
 
 @dataclass(frozen=True)
 class NanoRecipe:
-    """How long each part takes: minutes of the VAE and ViT, encoded items a kind, steps of the backbone."""
+    """How long the frozen parts take: minutes of the VAE on pictures and on clips, and of the ViT; encoded
+    items."""
 
     vae_minutes: float = 18.0
     clip_minutes: float = 10.0
     vision_minutes: float = 9.0
     items: tuple[int, ...] = (20_000, 4_000, 1_000, 600)  # images, edits, subjects, clips
-    words: TrainConfig = field(default_factory=lambda: TrainConfig(steps=1_100, decay=0.0))
-    train: TrainConfig = field(default_factory=lambda: TrainConfig(steps=2_000))
 
 
-def train_nano(
-    run_dir: Path,
-    recipe: NanoRecipe,
-    *,
-    threads: int = 2,
-    validate: Callable[[Lance, VAE, Tokenizer], dict[str, float]] | None = None,
-) -> Path:
-    """Run or resume the whole recipe; returns the folder of the finished model, in the released layout."""
+@dataclass(frozen=True, eq=False)
+class NanoParts:
+    """What does not change while the backbone trains. folder: with the encoded world."""
+
+    folder: Path
+    config: ModelConfig
+    tokenizer: Tokenizer
+    vision: Vision
+    vae: VAE
+
+    def new_model(self, seed: int) -> Lance:
+        """A backbone that has learnt nothing, with the trained ViT."""
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            model = Lance(self.config)
+        model.vision.load_state_dict(self.vision.state_dict())
+        return model
+
+    def feed(self, config: TrainConfig, ranks: Ranks) -> WorldFeed:
+        """The packs of a stage."""
+        return self._feed(EncodedWorld(self.folder, MIXTURES[config.stage]), config, ranks)
+
+    def held_out(self, config: TrainConfig) -> dict[str, list[WorldPack]]:
+        """Packs of items that training never sees, by task."""
+        worlds = {task: EncodedWorld(self.folder, {task: 1.0}, held_out=True) for task in HELD_OUT_TASKS}
+        return {
+            str(task): [self._feed(world, config, Ranks()).pack(n, 1, n) for n in range(HELD_OUT_PACKS)]
+            for task, world in worlds.items()
+        }
+
+    def _feed(self, world: EncodedWorld, config: TrainConfig, ranks: Ranks) -> WorldFeed:
+        encode = self.tokenizer.encode_with_offsets
+        return WorldFeed(world, encode, self.config, config.lanes, config.tokens, ranks, config.seed)
+
+
+def make_parts(folder: Path, recipe: NanoRecipe | None = None, *, threads: int = 1) -> NanoParts:
+    """Train and encode what is not there yet, or go on with it; then load it all."""
+    recipe = NanoRecipe() if recipe is None else recipe
     torch.set_num_threads(threads)
-    run_dir.mkdir(parents=True, exist_ok=True)
-    tokenizer = nano_tokenizer(run_dir / "tokenizer")
-    model = train_words(run_dir, recipe, tokenizer, threads)
-    if not (run_dir / "vae.safetensors").exists():
-        train_vae(run_dir, recipe.vae_minutes, threads=threads)
-    if not stored(run_dir, CLIP, "latents").exists():
-        train_clips(run_dir, recipe.clip_minutes, threads=threads)
-    config = nano_config(run_dir, tokenizer)
-    vae = _frozen(VAE(config.vae), run_dir / "vae.safetensors")
-    for kind, count in zip(KINDS, recipe.items, strict=True):
-        encode_latents(kind, count, vae, config, run_dir)
-    model.config = config
-    check = None if validate is None else lambda model, step: validate(model, vae, tokenizer)
-    samples = _samples(EncodedWorld(run_dir, MIXTURE), recipe.train.batch, tokenizer, config)
-    trained = train(model, samples, recipe.train, run_dir, vocabulary=tokenizer.size, validate=check)
-    out = run_dir / "nano"
-    save_pretrained(out, model=trained, vae=vae, tokenizer=tokenizer, config=config, dtype=torch.bfloat16)
-    return out
-
-
-def train_words(run_dir: Path, recipe: NanoRecipe, tokenizer: Tokenizer, threads: int) -> Lance:
-    """The ViT, then the und expert on questions and captions: neither needs the VAE."""
-    if not (run_dir / "vision.safetensors").exists():
-        train_vision(run_dir, recipe.vision_minutes, threads=threads)
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer = nano_tokenizer(folder / "tokenizer")
     config = replace(nano(), tokens=tokenizer.special, system_prompts=SYSTEM_PROMPTS)
-    vision = _frozen(Vision(config.vision), run_dir / "vision.safetensors")
+    if not (folder / "vision.safetensors").exists():
+        train_vision(folder, recipe.vision_minutes, threads=threads)
+    vision = _frozen(Vision(config.vision), folder / "vision.safetensors")
+    if not (folder / "vae.safetensors").exists():
+        train_vae(folder, recipe.vae_minutes, threads=threads)
+    if not stored(folder, CLIP, "latents").exists():
+        train_clips(folder, recipe.clip_minutes, threads=threads)
+    config = replace(config, vae=read_vae_config(folder))
+    vae = _frozen(VAE(config.vae), folder / "vae.safetensors")
     for kind, count in zip(KINDS, recipe.items, strict=True):
-        encode_features(kind, count, vision, config, run_dir)
-    torch.manual_seed(recipe.words.seed)
-    model = Lance(config)
-    model.vision.load_state_dict(vision.state_dict())
-    samples = _samples(EncodedWorld(run_dir, WORDS), recipe.words.batch, tokenizer, config)
-    train(model, samples, recipe.words, run_dir, vocabulary=tokenizer.size, name="words")
-    return model
-
-
-def _samples(world: EncodedWorld, batch: int, tokenizer: Tokenizer, config: ModelConfig) -> Samples:
-    encode = tokenizer.encode_with_offsets
-    return lambda step: [to_sample(row, encode, config) for row in world.rows(step, batch)]
+        encode_features(kind, count, vision, config, folder)
+        encode_latents(kind, count, vae, config, folder)
+    return NanoParts(folder, config, tokenizer, vision, vae)
 
 
 def _frozen(module: M, file: Path) -> M:
@@ -137,10 +166,3 @@ def nano_tokenizer(folder: Path) -> Tokenizer:
         folder.mkdir(parents=True, exist_ok=True)
         tokenizer.save(folder)
     return Tokenizer.load(folder)
-
-
-def nano_config(run_dir: Path, tokenizer: Tokenizer) -> ModelConfig:
-    """The preset with what training found: the tokenizer's special ids and the latents' statistics."""
-    return replace(
-        nano(), vae=read_vae_config(run_dir), tokens=tokenizer.special, system_prompts=SYSTEM_PROMPTS
-    )

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import os
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,15 +18,18 @@ from tqdm import tqdm
 from openlance.config import ModelConfig
 from openlance.data.buckets import VIT_DIVISOR, resize_to_bucket, to_vae_pixels, to_vit_patches
 from openlance.data.frames import Frames
-from openlance.data.tasks import Row, View
+from openlance.data.tasks import Row, View, to_sample
 from openlance.model.vae import VAE
 from openlance.model.vision import Vision
-from openlance.sequence.template import Task
+from openlance.sequence.segment import Sample
+from openlance.sequence.template import Encode, Task
+from openlance.train.parallel import Ranks
 from openlance.world import Scene, WorldConfig, caption, edit, question, render_clip, sample_scene
 from openlance.world.language import at_place
 from openlance.world.scene import pick
 
 SEED = 7
+HELD_OUT = 50
 IMAGES = WorldConfig(max_things=2)
 VARIED = WorldConfig(max_things=3, textures=("plain", "stripes", "checks", "dots"))
 CLIPS = WorldConfig(max_things=2, motions=("left", "right", "up", "down", "grow", "shrink"))
@@ -134,10 +139,11 @@ def draw(kind: Kind, index: int) -> tuple[list[Scene], str]:
 
 
 class EncodedWorld:
-    """Rows drawn from encoded items. mixture: weight of each task."""
+    """Rows drawn from encoded items. mixture: weight of each task. held_out: only from the items that are
+    kept from training, one in `HELD_OUT`, the last of each kind; else from the others."""
 
-    def __init__(self, folder: Path, mixture: dict[Task, float], seed: int = 0):
-        self.seed = seed
+    def __init__(self, folder: Path, mixture: Mapping[Task, float], *, held_out: bool = False):
+        self.held_out = held_out
         self.tasks = list(mixture)
         self.weights = np.array([mixture[t] for t in self.tasks]) / sum(mixture.values())
         self.stored: dict[tuple[str, str], Tensor] = {}
@@ -146,17 +152,21 @@ class EncodedWorld:
                 if (file := stored(folder, kind, what)).exists():
                     self.stored[kind.name, what] = load_file(file)["values"]
 
-    def rows(self, step: int, batch: int) -> list[Row]:
-        """The rows of a step; the same for the same step."""
-        rng = np.random.default_rng((self.seed, step))
-        chosen = rng.choice(len(self.tasks), batch, p=self.weights)
-        return [self._row(self.tasks[i], rng, f"{step}-{n}") for n, i in enumerate(chosen)]
+    def rows(self, *seed: int) -> Iterator[Row]:
+        """Rows without end; the same for the same seed."""
+        rng = np.random.default_rng(seed)
+        name = "-".join(map(str, seed))
+        for number in itertools.count():
+            task = self.tasks[int(rng.choice(len(self.tasks), p=self.weights))]
+            yield self._row(task, rng, f"{name}-{number}")
 
     def _item(self, name: str, rng: np.random.Generator) -> tuple[list[Scene], list[View], str]:
         kind = next(k for k in KINDS if k.name == name)
         features, latents = (self.stored.get((name, what)) for what in ("features", "latents"))
         assert features is not None
-        index = int(rng.integers(len(features) // kind.scenes_each))
+        count = len(features) // kind.scenes_each
+        kept = max(1, count // HELD_OUT)
+        index = int(rng.integers(count - kept, count) if self.held_out else rng.integers(count - kept))
         scenes, instruction = draw(kind, index)
         frames = (kind.frames + 1) // 2  # the ViT merges two
         side = int((features.shape[1] // frames) ** 0.5)
@@ -170,13 +180,62 @@ class EncodedWorld:
         if task in (Task.IMAGE_EDIT, Task.SUBJECT_IMAGE, Task.VIDEO_EDIT):
             stored = {Task.IMAGE_EDIT: "edit", Task.SUBJECT_IMAGE: "subject", Task.VIDEO_EDIT: "clip"}[task]
             _, (before, after), words = self._item(stored, rng)
-            return Row(name, task, words, sources=(before,), target=after.latents)
+            return Row(name, task, words, sources=(before,), target=after)
         scenes, views, _ = self._item("clip" if task.video else "image", rng)
         scene, view = scenes[0], views[0]
         if task.generates:
             fixed = (0,) if task is Task.I2V else ()
-            return Row(name, task, caption(scene, rng), target=view.latents, fixed_frames=fixed)
+            return Row(name, task, caption(scene, rng), target=view, fixed_frames=fixed)
         if rng.random() < 0.2:
             return Row(name, task, "", answer=caption(scene, rng), sources=(view,))
         asked = question(scene, rng, CLIP_KINDS if task.video else IMAGE_KINDS)
         return Row(name, task, asked.question, answer=asked.answer, sources=(view,))
+
+
+@dataclass(frozen=True, eq=False)
+class WorldPack:
+    """Samples that go through the network together."""
+
+    lane: int
+    samples: list[Sample]
+    ids: list[str]
+
+
+@dataclass(frozen=True, eq=False)
+class WorldFeed:
+    """The encoded world for the training loop: what a lane gives at a step depends on the seed alone.
+
+    tokens: of a pack, at most.
+    """
+
+    world: EncodedWorld
+    encode: Encode
+    config: ModelConfig
+    lanes: int
+    tokens: int
+    ranks: Ranks = field(default_factory=Ranks)
+    seed: int = 0
+
+    def packs(self, step: int) -> Iterator[WorldPack]:
+        """The packs of this process."""
+        for lane in range(self.ranks.rank, self.lanes, self.ranks.size):
+            yield self.pack(lane, self.seed, step, lane)
+
+    def pack(self, lane: int, *seed: int) -> WorldPack:
+        """One pack, by the seed of its rows."""
+        pack, room = WorldPack(lane, [], []), self.tokens
+        for row in self.world.rows(*seed):
+            sample = to_sample(row, self.encode, self.config)
+            room -= sum(map(len, sample))
+            if room < 0 and pack.samples:
+                return pack
+            pack.samples.append(sample)
+            pack.ids.append(row.id)
+        raise AssertionError("rows have no end")
+
+    def state(self) -> dict[str, Any]:
+        """Nothing: the step says it all."""
+        return {}
+
+    def restore(self, states: Mapping[str, Any]) -> None:
+        """Nothing to go back to."""

@@ -73,23 +73,6 @@ def test_info_fetches_no_weights_from_the_hub(
     assert not [pattern for pattern in asked if pattern.endswith(("safetensors", "pth"))]
 
 
-def test_train_hands_the_recipe_over(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    import openlance.train.nano as nano
-
-    called: dict = {}
-    monkeypatch.setattr(
-        nano, "train_nano", lambda run_dir, recipe, threads: called.update(recipe=recipe, run_dir=run_dir)
-    )
-    ran = run(
-        "train", "nano", "--run-dir", tmp_path, "--steps", 7, "--batch", 3, "--vae-minutes", 0.5, model=None
-    )
-    recipe = called["recipe"]
-    assert ran.code == 0
-    assert (recipe.train.steps, recipe.train.batch, recipe.vae_minutes) == (7, 3, 0.5)
-    assert recipe.vision_minutes == nano.NanoRecipe().vision_minutes
-    assert called["run_dir"] == tmp_path
-
-
 def test_nano_bench_prints_a_table(run: Run) -> None:
     ran = run(
         "eval", "nano-bench", "--count", 1, "--parts", "one", "questions", "--steps", 1, "--out", "scores"

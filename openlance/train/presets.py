@@ -1,0 +1,90 @@
+"""The training stages as presets, each a small difference from the one before (arXiv 2605.18678, tables of
+section 4).
+
+Tokens are of one process and step there, so a preset's lanes are set to the number of processes, or a
+multiple.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from openlance.config import TrainConfig
+from openlance.errors import InputError
+
+
+def pre_training() -> TrainConfig:
+    """Pictures, clips and words from a Qwen2.5-VL: 1.5T tokens."""
+    return TrainConfig(
+        steps=350_000, stage="pre-training", tokens=50_000, longest=40_000, learning_rate=1e-4, warmup=2_500,
+        time_shift=1.0, ce_weight=0.25, drop_text=0.10, drop_all=0.0,
+        precision="bfloat16", checkpointing=True, save_every=1_000, validate_every=2_500,
+    )  # fmt: skip
+
+
+def continual_training() -> TrainConfig:
+    """Editing, subjects and animation join in, step by step: 300B tokens."""
+    return replace(
+        pre_training(),
+        steps=80_000, stage="continual training", tokens=80_000, longest=70_000,
+        time_shift=4.0, ce_weight=0.5, drop_text=0.05, drop_all=0.05,
+    )  # fmt: skip
+
+
+def supervised_fine_tuning() -> TrainConfig:
+    """Chosen data, a falling rate: 72B tokens."""
+    return replace(
+        continual_training(),
+        steps=15_000, stage="fine-tuning", learning_rate=2.5e-5, schedule="cosine", warmup=500,
+        ce_weight=0.25,
+    )  # fmt: skip
+
+
+def fine_tuning_lora() -> TrainConfig:
+    """Fine-tuning on one consumer GPU: adapters of the generation expert, packs of one or two pictures."""
+    return replace(
+        supervised_fine_tuning(),
+        steps=2_000, tokens=8_192, longest=8_192, learning_rate=1e-4, warmup=100, trains=("gen",),
+        lora_rank=16, ema=0.999, save_every=250, validate_every=250,
+    )  # fmt: skip
+
+
+def nano_pre_training() -> TrainConfig:
+    """The bundled model on two CPU cores: pictures and words of the world."""
+    return TrainConfig(
+        steps=5_000, stage="pre-training", lanes=2, tokens=1_400, learning_rate=1.5e-3, warmup=200,
+        ema=0.999, time_shift=3.0, drop_text=0.10, save_every=100, validate_every=500,
+    )  # fmt: skip
+
+
+def nano_continual_training() -> TrainConfig:
+    """All tasks."""
+    return replace(
+        nano_pre_training(), steps=1_500, stage="continual training", warmup=50, drop_text=0.05, drop_all=0.05
+    )
+
+
+def nano_fine_tuning() -> TrainConfig:
+    """All tasks, with a falling rate."""
+    return replace(
+        nano_continual_training(), steps=1_500, stage="fine-tuning", schedule="cosine", learning_rate=1e-3
+    )
+
+
+PRESETS: dict[str, Callable[[], TrainConfig]] = {
+    "pt": pre_training,
+    "ct": continual_training,
+    "sft": supervised_fine_tuning,
+    "lora": fine_tuning_lora,
+    "nano-pt": nano_pre_training,
+    "nano-ct": nano_continual_training,
+    "nano-sft": nano_fine_tuning,
+}
+
+
+def preset(name: str) -> TrainConfig:
+    """A stage by name. Raises InputError for an unknown one."""
+    if name not in PRESETS:
+        raise InputError(f"unknown preset {name!r}: choose one of {', '.join(PRESETS)}")
+    return PRESETS[name]()
