@@ -13,13 +13,14 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from openlance.config import ModelConfig
+from openlance.data.encode import is_encoded, to_encoded_row
 from openlance.data.example import Example, Record
 from openlance.data.fields import BadRow
 from openlance.data.media import Media, Video, as_frames
 from openlance.data.save import contact_sheet
 from openlance.data.schemas import to_example
 from openlance.data.sources import Shards
-from openlance.data.tasks import to_row, to_sample
+from openlance.data.tasks import Row, to_row, to_sample
 from openlance.errors import InputError
 from openlance.sequence.template import Encode, Task
 
@@ -96,6 +97,8 @@ def examine(
     if isinstance(row, BadRow):
         return row
     try:
+        if is_encoded(row):
+            return look_encoded(to_encoded_row(row, task), config, encode)
         return look(to_example(row, config.sizes, rng, task), config, encode)
     except BadRow as bad:
         return bad
@@ -104,18 +107,30 @@ def examine(
 def look(example: Example, config: ModelConfig, encode: Encode) -> Seen:
     """What is worth knowing of an example. Raises InputError where the model's sizes are too small."""
     shown = [*example.sources, *([] if example.target is None else [example.target])]
-    said = f"{example.prompt} -> {example.answer}" if example.answer is not None else example.prompt
-    earlier = f"(after {len(example.history)} turns) " if example.history else ""
     frames = [as_frames(media) for media in shown]
     return Seen(
         example.id,
         example.task,
-        earlier + said,
+        _words(example),
         sum(map(len, to_sample(to_row(example, config), encode, config))),
         tuple((clip.shape[2], clip.shape[1]) for clip in frames),
         tuple((len(media), (len(media) - 1) / media.fps) for media in shown if isinstance(media, Video)),
         _side_by_side([_first(media) for media in shown]) if shown else None,
     )
+
+
+def look_encoded(row: Row, config: ModelConfig, encode: Encode) -> Seen:
+    """The same of a row that was encoded beforehand: there is nothing to be looked at in it."""
+    stride = config.vae.spatial_stride
+    grids = [view.latent_grid for view in row.views()]
+    sizes = tuple((grid[2] * stride, grid[1] * stride) for grid in grids if grid is not None)
+    tokens = sum(map(len, to_sample(row, encode, config)))
+    return Seen(row.id, row.task, _words(row), tokens, sizes, (), None)
+
+
+def _words(row: Example | Row) -> str:
+    said = f"{row.prompt} -> {row.answer}" if row.answer is not None else row.prompt
+    return (f"(after {len(row.history)} turns) " if row.history else "") + said
 
 
 @dataclass

@@ -115,3 +115,17 @@ def test_mistakes_are_refused(run: Run, options: list[str], words: list[str]) ->
     write([{"caption": "x", "image_bytes": jpeg()}], "a.parquet")
     model = None if "--model" in options else "nano"
     refused(run("data", "check", *options, model=model), *words)
+
+
+def test_encoded_rows_are_looked_at_too(run: Run) -> None:
+    """They have as many tokens as the rows that they were made from."""
+    assert run("data", "example", "edits.parquet", "--task", "image_edit", "--rows", 4, model=None).code == 0
+    assert run("data", "encode", "edits.parquet", "--out", "encoded").code == 0
+    reports = []
+    for address in ("edits.parquet", "encoded"):
+        ran = run("data", "check", address, "--out", f"check-{Path(address).stem}")
+        assert ran.code == 0, ran.err
+        reports.append(json.loads(Path(f"check-{Path(address).stem}/report.json").read_text()))
+    raw, encoded = reports
+    assert encoded["tasks"] == {"image_edit": 4} and encoded["bad"] == 0
+    assert encoded["tokens"] == raw["tokens"]
