@@ -141,8 +141,8 @@ def table(plan: Plan, stage: str) -> str:
     """The same for people."""
     job, machine = plan.job, plan.machine
     lines = [
-        f"{job.config.name}, {stage}: {machine.devices} devices of {machine.memory / GIB:.1f} GiB, "
-        f"{machine.room / GIB:.1f} of them to use",
+        f"{job.config.name}, {stage}: {machine.devices} device{'s' * (machine.devices > 1)} "
+        f"of {machine.memory / GIB:.1f} GiB, {machine.room / GIB:.1f} of them to use",
         f"{job.tokens:,} tokens a rank and step, longest sample {job.longest:,}, usual sample {job.sample:,}",
         "",
         *_parameters(job),
@@ -191,7 +191,7 @@ def _verdict(plan: Plan) -> list[str]:
     return [
         f"chosen: {option.name}{copies}{split}, {'with' if layout.recompute else 'without'} activation "
         f"checkpointing: {option.memory.total / GIB:.1f} GiB",
-        f"speed: {speed.tokens:,.0f} tokens a second in all, {speed.flops / 1e9:.1f} GFLOP a token "
+        f"speed: {speed.tokens:,.0f} tokens a second in all, {speed.flops / 1e9:.3g} GFLOP a token "
         f"(MFU {speed.mfu:.2f} without recomputation and encoders)",
         f"days: {days}",
         *(note if layout.context > 1 else []),

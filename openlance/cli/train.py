@@ -97,9 +97,9 @@ def train_command(name: str) -> Callable[..., None]:
         SIGTERM save the run and end it; --resume goes on, also with another number of processes.
 
         For example:
-          openlance train --preset nano-pt openlance train --preset lora --init weights --data shapes.parquet
-          --run-dir runs/shapes torchrun --nproc-per-node 8 -m openlance train --preset sft --lanes 8 --init
-          weights --data pictures/
+          openlance train --preset nano-pt
+          openlance train --preset lora --init weights --data shapes.parquet --run-dir runs/shapes
+          torchrun --nproc-per-node 8 -m openlance train --preset sft --lanes 8 --init weights --data pictures
         """
         _run(preset, run_dir, TrainConfig(**vars(config)), options)
 

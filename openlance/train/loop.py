@@ -211,7 +211,7 @@ def _update(run: Run, report: Report, asked: list[int]) -> int:
     own_tokens = sum(batch.tokens for batch, _ in drawn)
     places = sum(rows.numel() for batch, _ in drawn for rows in batch.rows) or own_tokens
     work = work_of(sample for given in packs for sample in given.samples)
-    own_flops = flops_per_step(run.model_config, work, trains=config.trains)
+    own_flops = flops_per_step(run.model_config, work, trains=() if config.lora_rank else config.trains)
     signals = [float(number in asked) for number in (signal.SIGTERM, signal.SIGINT)]
     answers, denoised, tokens, padded, flops, terminate, interrupt = ranks.total(
         [own.answers, own.denoised, own_tokens, places, own_flops, *signals]

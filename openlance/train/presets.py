@@ -1,8 +1,7 @@
-"""The training stages as presets, each a small difference from the one before (arXiv 2605.18678, tables of
-section 4).
+"""The training stages as presets, each a small difference from the one before.
 
-Tokens are of one process and step there, so a preset's lanes are set to the number of processes, or a
-multiple.
+The numbers of `pt`, `ct` and `sft` are the paper's (arXiv 2605.18678). Tokens are of one process and step
+there: on N processes, train with N lanes.
 """
 
 from __future__ import annotations
