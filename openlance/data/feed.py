@@ -163,7 +163,7 @@ def _merged(shares: list[list[Tensor] | InputError], lanes: tuple[int, ...]) -> 
         share = shares[place % len(shares)]
         if isinstance(share, InputError):
             raise share
-        yield pickle.loads(memoryview(share[place // len(shares)].numpy()))
+        yield pickle.loads(share[place // len(shares)].numpy().data)
 
 
 class _Pickler(pickle.Pickler):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -190,14 +191,16 @@ def test_ray_is_asked_for_where_it_is_missing(tmp_path: Path, monkeypatch: pytes
 def test_ray_writes_the_same_files(tmp_path: Path) -> None:
     ray = pytest.importorskip("ray", reason="needs the extra `ray`")
     source = open_source(str(dataset(tmp_path / "in", 1)))
-    here = encode_source(source, tmp_path / "here", encoder(), quiet=True)
-    ray.init(num_cpus=2, include_dashboard=False)
+    alone = encode_source(source, tmp_path / "alone", encoder(), quiet=True)
+    here, above = Path(__file__).parent, Path(__file__).parents[1]
+    paths = os.pathsep.join(map(str, (here, above, above.parent)))
+    ray.init(num_cpus=2, include_dashboard=False, runtime_env={"env_vars": {"PYTHONPATH": paths}})
     try:
         there = encode_with_ray(source, tmp_path / "there", encoder, workers=2)
     finally:
         ray.shutdown()
-    assert (there.rows, len(there.skipped)) == (here.rows, len(here.skipped))
-    for file in sorted((tmp_path / "here").iterdir()):
+    assert (there.rows, len(there.skipped)) == (alone.rows, len(alone.skipped)) == (4, 1)
+    for file in sorted((tmp_path / "alone").iterdir()):
         assert (tmp_path / "there" / file.name).read_bytes() == file.read_bytes()
 
 
