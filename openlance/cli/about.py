@@ -101,7 +101,10 @@ def nano_bench(
     out: Annotated[Path | None, option("Folder for scores.json and a contact sheet.")] = None,
     parts: Annotated[
         tuple[str, ...],
-        option("Of one, two, held_out, questions, edits and motion. Default: all."),
+        option(
+            "Of one, two, held_out, questions, edits and motion (the default); and of boxes, words, several "
+            "and turns, which the bundled model has not learnt."
+        ),
     ] = (),
     sampling: SamplingOptions,
     load: LoadOptions,

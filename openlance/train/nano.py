@@ -24,6 +24,7 @@ from openlance.tokenizer import Tokenizer, train_tokenizer
 from openlance.train.nano_data import (
     CLIP,
     KINDS,
+    WIDE_KINDS,
     EncodedWorld,
     WorldFeed,
     WorldPack,
@@ -55,7 +56,7 @@ SYSTEM_PROMPTS: dict[str, str] = {
 }
 
 # Shares of samples. Outlines come last and need most pictures, so drawing has most of the first stage.
-PRE_TRAINING: dict[Task, float] = {
+PRE_TRAINING: dict[str, float] = {
     Task.T2I: 0.72,
     Task.X2T_IMAGE: 0.11,
     Task.IMAGE_EDIT: 0.12,
@@ -65,7 +66,7 @@ PRE_TRAINING: dict[Task, float] = {
     Task.X2T_VIDEO: 0.01,
     Task.VIDEO_EDIT: 0.01,
 }
-CONTINUAL: dict[Task, float] = {
+CONTINUAL: dict[str, float] = {
     Task.T2I: 0.50,
     Task.X2T_IMAGE: 0.15,
     Task.IMAGE_EDIT: 0.22,
@@ -75,10 +76,19 @@ CONTINUAL: dict[Task, float] = {
     Task.X2T_VIDEO: 0.02,
     Task.VIDEO_EDIT: 0.03,
 }
-MIXTURES: dict[str, Mapping[Task, float]] = {
+MIXTURES: dict[str, Mapping[str, float]] = {
     "pre-training": PRE_TRAINING,
     "continual training": CONTINUAL,
     "fine-tuning": CONTINUAL,
+}
+# All that the world holds: needs `WIDE_RECIPE`. No preset uses it, and the bundled model has not seen it.
+FULL: dict[str, float] = {
+    **{task: 0.7 * share for task, share in CONTINUAL.items()},
+    "boxes": 0.06,
+    "written": 0.10,
+    "several": 0.05,
+    "turns": 0.06,
+    "story": 0.03,
 }
 HELD_OUT_TASKS = (Task.T2I, Task.IMAGE_EDIT, Task.X2T_IMAGE)
 HELD_OUT_PACKS = 2
@@ -87,12 +97,19 @@ HELD_OUT_PACKS = 2
 @dataclass(frozen=True)
 class NanoRecipe:
     """How long the frozen parts take: minutes of the VAE on pictures and on clips, and of the ViT; encoded
-    items."""
+    items.
+
+    wide_items: of `WIDE_KINDS`, for the mixture `FULL`; none where it is empty.
+    """
 
     vae_minutes: float = 18.0
     clip_minutes: float = 10.0
     vision_minutes: float = 9.0
     items: tuple[int, ...] = (20_000, 4_000, 1_000, 600)  # images, edits, subjects, clips
+    wide_items: tuple[int, ...] = ()  # written, several, talk, story
+
+
+WIDE_RECIPE = NanoRecipe(wide_items=(6_000, 3_000, 3_000, 400))
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,9 +130,12 @@ class NanoParts:
         model.vision.load_state_dict(self.vision.state_dict())
         return model
 
-    def feed(self, config: TrainConfig, ranks: Ranks) -> WorldFeed:
-        """The packs of a stage."""
-        return self._feed(EncodedWorld(self.folder, MIXTURES[config.stage]), config, ranks)
+    def feed(
+        self, config: TrainConfig, ranks: Ranks, mixture: Mapping[str, float] | None = None
+    ) -> WorldFeed:
+        """The packs of a stage, by its own mixture or by another."""
+        mixture = MIXTURES[config.stage] if mixture is None else mixture
+        return self._feed(EncodedWorld(self.folder, mixture), config, ranks)
 
     def held_out(self, config: TrainConfig) -> dict[str, list[WorldPack]]:
         """Packs of items that training never sees, by task."""
@@ -146,7 +166,10 @@ def make_parts(folder: Path, recipe: NanoRecipe | None = None, *, threads: int =
         train_clips(folder, recipe.clip_minutes, threads=threads)
     config = replace(config, vae=read_vae_config(folder))
     vae = _frozen(VAE(config.vae), folder / "vae.safetensors")
-    for kind, count in zip(KINDS, recipe.items, strict=True):
+    items = dict(zip(KINDS, recipe.items, strict=True))
+    if recipe.wide_items:
+        items |= dict(zip(WIDE_KINDS, recipe.wide_items, strict=True))
+    for kind, count in items.items():
         encode_features(kind, count, vision, config, folder)
         encode_latents(kind, count, vae, config, folder)
     return NanoParts(folder, config, tokenizer, vision, vae)

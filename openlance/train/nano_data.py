@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -18,23 +18,46 @@ from tqdm import tqdm
 from openlance.config import ModelConfig
 from openlance.data.buckets import VIT_DIVISOR, resize_to_bucket, to_vae_pixels, to_vit_patches
 from openlance.data.frames import Frames
-from openlance.data.tasks import Row, View, to_sample
+from openlance.data.tasks import Past, Row, View, to_sample
 from openlance.model.vae import VAE
 from openlance.model.vision import Vision
 from openlance.sequence.segment import Sample
 from openlance.sequence.template import Encode, Task
 from openlance.train.parallel import Ranks
-from openlance.world import Scene, WorldConfig, caption, edit, question, render_clip, sample_scene
+from openlance.world import (
+    PLANS,
+    TEXTURES,
+    WIDE_EDIT_KINDS,
+    WORDS,
+    Scene,
+    Turn,
+    WorldConfig,
+    caption,
+    chain,
+    converse,
+    locate,
+    question,
+    question_of_several,
+    render_clip,
+    sample_scene,
+    sample_several,
+)
 from openlance.world.language import at_place
 from openlance.world.scene import pick
 
 SEED = 7
 HELD_OUT = 50
 IMAGES = WorldConfig(max_things=2)
-VARIED = WorldConfig(max_things=3, textures=("plain", "stripes", "checks", "dots"))
+VARIED = WorldConfig(max_things=3, textures=TEXTURES)
+WRITTEN = WorldConfig(max_things=2, textures=TEXTURES, words=WORDS, text_share=0.75)
 CLIPS = WorldConfig(max_things=2, motions=("left", "right", "up", "down", "grow", "shrink"))
+STORIES = replace(CLIPS, count_weights=(0.0, 1.0), times=("early", "late"))
 CLIP_KINDS = ("motion", "color", "shape", "count", "ground")
 IMAGE_KINDS = ("color", "color", "shape", "shape", "size", "place", "count", "relation", "exists", "ground")
+WRITTEN_KINDS = ("text", "text", "lettering", "count", "row")
+
+Drawn = tuple[tuple[Scene, ...], tuple[str, ...]]
+"""Scenes, and the words that lead from each to the next where they follow one another."""
 
 
 @dataclass(frozen=True)
@@ -44,33 +67,49 @@ class Kind:
     name: str
     frames: int
     scenes_each: int
-    scenes: Callable[[np.random.Generator], tuple[list[Scene], str]]
+    scenes: Callable[[np.random.Generator], Drawn]
 
 
-def _image(rng: np.random.Generator) -> tuple[list[Scene], str]:
-    return [sample_scene(rng, VARIED if rng.random() < 0.12 else IMAGES)], ""
+def _image(rng: np.random.Generator) -> Drawn:
+    return (sample_scene(rng, VARIED if rng.random() < 0.12 else IMAGES),), ()
 
 
-def _edit(rng: np.random.Generator) -> tuple[list[Scene], str]:
-    before = sample_scene(rng, IMAGES)
-    change = edit(before, rng)
-    return [before, change.after], change.instruction
+def _edit(rng: np.random.Generator) -> Drawn:
+    return chain(rng, IMAGES, edits=1)
 
 
-def _subject(rng: np.random.Generator) -> tuple[list[Scene], str]:
+def _subject(rng: np.random.Generator) -> Drawn:
     """The one thing of a picture, drawn again elsewhere on another ground."""
     one = WorldConfig(max_things=1)
     before, other = sample_scene(rng, one), sample_scene(rng, one)
     thing = replace(before.things[0], place=other.things[0].place, offset=other.things[0].offset)
     noun = pick(rng, ("it", "the shape", f"the {thing.shape}", "the same shape"))
     ground = pick(rng, (other.ground, f"a {other.ground} ground"))
-    return [before, replace(other, things=(thing,))], f"{noun} {at_place(thing.place, rng)} on {ground}"
+    return (before, replace(other, things=(thing,))), (f"{noun} {at_place(thing.place, rng)} on {ground}",)
 
 
-def _clip(rng: np.random.Generator) -> tuple[list[Scene], str]:
-    before = sample_scene(rng, CLIPS)
-    change = edit(before, rng, kinds=("recolor", "reshape", "ground"))
-    return [before, change.after], change.instruction
+def _clip(rng: np.random.Generator) -> Drawn:
+    return chain(rng, CLIPS, edits=1, kinds=("recolor", "reshape", "ground"))
+
+
+def _written(rng: np.random.Generator) -> Drawn:
+    return chain(rng, WRITTEN, edits=1, kinds=WIDE_EDIT_KINDS)
+
+
+def _several(rng: np.random.Generator) -> Drawn:
+    return sample_several(rng, IMAGES, 3), ()
+
+
+def _talk(rng: np.random.Generator) -> Drawn:
+    return chain(rng, IMAGES)
+
+
+def _story(rng: np.random.Generator) -> Drawn:
+    """Two things that move one after the other."""
+    while True:
+        scenes, words = chain(rng, STORIES, edits=1, kinds=("replace", "add", "remove", "texture"))
+        if len({thing.when for thing in scenes[0].things}) == 2:
+            return scenes, words
 
 
 CLIP = Kind("clip", 9, 2, _clip)
@@ -80,6 +119,13 @@ KINDS = (
     Kind("subject", 1, 2, _subject),
     CLIP,
 )
+WIDE_KINDS = (
+    Kind("written", 1, 2, _written),
+    Kind("several", 1, 3, _several),
+    Kind("talk", 1, 3, _talk),
+    Kind("story", 9, 2, _story),
+)
+"""What only the wide rows need (see `EncodedWorld`); the bundled model was trained without."""
 
 
 def encode_features(kind: Kind, count: int, vision: Vision, config: ModelConfig, folder: Path) -> None:
@@ -133,21 +179,33 @@ def _chunks(items: tqdm, size: int) -> Iterator[list[int]]:
         yield chunk
 
 
-def draw(kind: Kind, index: int) -> tuple[list[Scene], str]:
-    """(scenes, instruction) of an item: always the same for the same index."""
-    return kind.scenes(np.random.default_rng((SEED, KINDS.index(kind), index)))
+def draw(kind: Kind, index: int) -> Drawn:
+    """The scenes and words of an item: always the same for the same index."""
+    return kind.scenes(np.random.default_rng((SEED, (*KINDS, *WIDE_KINDS).index(kind), index)))
 
 
 class EncodedWorld:
-    """Rows drawn from encoded items. mixture: weight of each task. held_out: only from the items that are
-    kept from training, one in `HELD_OUT`, the last of each kind; else from the others."""
+    """Rows drawn from encoded items.
 
-    def __init__(self, folder: Path, mixture: Mapping[Task, float], *, held_out: bool = False):
+    mixture: weight of each task, and of each of the wide rows: "boxes" (where things are), "written" (words
+    in pictures: drawn, edited, read), "several" (questions about two or three pictures), "turns"
+    (conversations), "story" (clips of what comes first). held_out: only from the items that are kept from
+    training, one in `HELD_OUT`, the last of each kind; else from the others.
+    """
+
+    def __init__(self, folder: Path, mixture: Mapping[str, float], *, held_out: bool = False):
         self.held_out = held_out
         self.tasks = list(mixture)
         self.weights = np.array([mixture[t] for t in self.tasks]) / sum(mixture.values())
+        self.wide: dict[str, Callable[[np.random.Generator, str], Row]] = {
+            "boxes": self._boxes,
+            "written": self._written,
+            "several": self._several,
+            "turns": self._turns,
+            "story": self._story,
+        }
         self.stored: dict[tuple[str, str], Tensor] = {}
-        for kind in KINDS:
+        for kind in (*KINDS, *WIDE_KINDS):
             for what in ("features", "latents"):
                 if (file := stored(folder, kind, what)).exists():
                     self.stored[kind.name, what] = load_file(file)["values"]
@@ -158,28 +216,30 @@ class EncodedWorld:
         name = "-".join(map(str, seed))
         for number in itertools.count():
             task = self.tasks[int(rng.choice(len(self.tasks), p=self.weights))]
-            yield self._row(task, rng, f"{name}-{number}")
+            make = self.wide.get(task)
+            row_id = f"{name}-{number}"
+            yield make(rng, row_id) if make else self._row(Task(task), rng, row_id)
 
-    def _item(self, name: str, rng: np.random.Generator) -> tuple[list[Scene], list[View], str]:
-        kind = next(k for k in KINDS if k.name == name)
+    def _item(self, name: str, rng: np.random.Generator) -> tuple[Sequence[Scene], list[View], Sequence[str]]:
+        kind = next(k for k in (*KINDS, *WIDE_KINDS) if k.name == name)
         features, latents = (self.stored.get((name, what)) for what in ("features", "latents"))
-        assert features is not None
+        assert features is not None, f"no item of the kind {name} has been encoded"
         count = len(features) // kind.scenes_each
         kept = max(1, count // HELD_OUT)
         index = int(rng.integers(count - kept, count) if self.held_out else rng.integers(count - kept))
-        scenes, instruction = draw(kind, index)
+        scenes, words = draw(kind, index)
         frames = (kind.frames + 1) // 2  # the ViT merges two
         side = int((features.shape[1] // frames) ** 0.5)
         views = []
         for row in range(index * kind.scenes_each, (index + 1) * kind.scenes_each):
             known = None if latents is None else latents[row].float()
             views.append(View((frames, side, side), features=features[row].float(), latents=known))
-        return scenes, views, instruction
+        return scenes, views, words
 
     def _row(self, task: Task, rng: np.random.Generator, name: str) -> Row:
         if task in (Task.IMAGE_EDIT, Task.SUBJECT_IMAGE, Task.VIDEO_EDIT):
             stored = {Task.IMAGE_EDIT: "edit", Task.SUBJECT_IMAGE: "subject", Task.VIDEO_EDIT: "clip"}[task]
-            _, (before, after), words = self._item(stored, rng)
+            _, (before, after), (words,) = self._item(stored, rng)
             return Row(name, task, words, sources=(before,), target=after)
         scenes, views, _ = self._item("clip" if task.video else "image", rng)
         scene, view = scenes[0], views[0]
@@ -190,6 +250,59 @@ class EncodedWorld:
             return Row(name, task, "", answer=caption(scene, rng), sources=(view,))
         asked = question(scene, rng, CLIP_KINDS if task.video else IMAGE_KINDS)
         return Row(name, task, asked.question, answer=asked.answer, sources=(view,))
+
+    def _boxes(self, rng: np.random.Generator, name: str) -> Row:
+        """Boxes in pixels of what the ViT sees, as the bundled model's questions have them."""
+        (scene,), (view,), _ = self._item("image", rng)
+        assert view.grid is not None
+        asked = locate(scene, rng, view.grid[1] * VIT_DIVISOR)
+        return Row(name, Task.X2T_IMAGE, asked.question, answer=asked.answer, sources=(view,))
+
+    def _written(self, rng: np.random.Generator, name: str) -> Row:
+        (scene, _), (before, after), (words,) = self._item("written", rng)
+        task = pick(rng, (Task.T2I, Task.T2I, Task.IMAGE_EDIT, Task.X2T_IMAGE))
+        if task is Task.T2I:
+            return Row(name, task, caption(scene, rng), target=before)
+        if task is Task.IMAGE_EDIT:
+            return Row(name, task, words, sources=(before,), target=after)
+        asked = question(scene, rng, WRITTEN_KINDS)
+        return Row(name, task, asked.question, answer=asked.answer, sources=(before,))
+
+    def _several(self, rng: np.random.Generator, name: str) -> Row:
+        scenes, views, _ = self._item("several", rng)
+        count = pick(rng, (2, 3))
+        asked = question_of_several(scenes[:count], rng)
+        return Row(name, Task.X2T_IMAGE, asked.question, answer=asked.answer, sources=tuple(views[:count]))
+
+    def _turns(self, rng: np.random.Generator, name: str) -> Row:
+        """A conversation, of which the last turn is learnt."""
+        scenes, views, words = self._item("talk", rng)
+        view_of = dict(zip(scenes, views, strict=True))
+        *past, last = converse(scenes, words, rng, pick(rng, PLANS))
+
+        def shown(turn: Turn) -> tuple[View, ...]:
+            return () if turn.shown is None else (view_of[turn.shown],)
+
+        def reply(turn: Turn) -> str | View:
+            return turn.reply if isinstance(turn.reply, str) else view_of[turn.reply]
+
+        history = tuple(Past(turn.words, reply(turn), shown(turn)) for turn in past)
+        if isinstance(last.reply, str):
+            return Row(
+                name, Task.X2T_IMAGE, last.words, answer=last.reply, sources=shown(last), history=history
+            )
+        target = view_of[last.reply]
+        return Row(name, Task.IMAGE_EDIT, last.words, sources=shown(last), target=target, history=history)
+
+    def _story(self, rng: np.random.Generator, name: str) -> Row:
+        (scene, _), (before, after), (words,) = self._item("story", rng)
+        task = pick(rng, (Task.T2V, Task.VIDEO_EDIT, Task.X2T_VIDEO))
+        if task is Task.T2V:
+            return Row(name, task, caption(scene, rng), target=before)
+        if task is Task.VIDEO_EDIT:
+            return Row(name, task, words, sources=(before,), target=after)
+        asked = question(scene, rng, ("order",))
+        return Row(name, task, asked.question, answer=asked.answer, sources=(before,))
 
 
 @dataclass(frozen=True, eq=False)
@@ -218,7 +331,7 @@ class WorldFeed:
 
     def packs(self, step: int) -> Iterator[WorldPack]:
         """The packs of this process."""
-        for lane in range(self.ranks.rank, self.lanes, self.ranks.size):
+        for lane in range(self.ranks.data_rank, self.lanes, self.ranks.data_size):
             yield self.pack(lane, self.seed, step, lane)
 
     def pack(self, lane: int, *seed: int) -> WorldPack:

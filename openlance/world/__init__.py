@@ -1,8 +1,25 @@
 """A world of coloured shapes: scenes, their pictures, sentences, questions and edits, and a judge."""
 
-from openlance.world.judge import Kept, Seen, SeenText, SeenThing, Verdict, Watched, check, kept, look, watch
+from openlance.world.boxes import Located, locate, say_boxes
+from openlance.world.edits import EDIT_KINDS, WIDE_EDIT_KINDS, Edit, edit
+from openlance.world.judge import (
+    Kept,
+    Seen,
+    SeenText,
+    SeenThing,
+    Verdict,
+    Watched,
+    check,
+    kept,
+    look,
+    overlap,
+    read_boxes,
+    watch,
+    well_placed,
+)
 from openlance.world.language import Claims, TextClaim, ThingClaim, caption, claims_of, describe
-from openlance.world.render import render, render_clip
+from openlance.world.questions import QA, QUESTION_KINDS, WIDE_QUESTION_KINDS, question
+from openlance.world.render import Box, box, render, render_clip
 from openlance.world.scene import (
     COLORS,
     GROUNDS,
@@ -12,6 +29,7 @@ from openlance.world.scene import (
     SHAPES,
     SIZES,
     TEXTURES,
+    TIMES,
     WORDS,
     Scene,
     Text,
@@ -21,7 +39,9 @@ from openlance.world.scene import (
     is_held_out,
     sample_scene,
 )
-from openlance.world.tasks import EDIT_KINDS, QA, QUESTION_KINDS, Edit, edit, question, vocabulary_texts
+from openlance.world.several import SEVERAL_KINDS, question_of_several, sample_several
+from openlance.world.talk import PLANS, Turn, chain, converse
+from openlance.world.vocabulary import vocabulary_texts
 
 __all__ = [
     "COLORS",
@@ -30,15 +50,22 @@ __all__ = [
     "HELD_OUT",
     "MOTIONS",
     "PLACES",
+    "PLANS",
     "QA",
     "QUESTION_KINDS",
+    "SEVERAL_KINDS",
     "SHAPES",
     "SIZES",
     "TEXTURES",
+    "TIMES",
+    "WIDE_EDIT_KINDS",
+    "WIDE_QUESTION_KINDS",
     "WORDS",
+    "Box",
     "Claims",
     "Edit",
     "Kept",
+    "Located",
     "Scene",
     "Seen",
     "SeenText",
@@ -47,22 +74,33 @@ __all__ = [
     "TextClaim",
     "Thing",
     "ThingClaim",
+    "Turn",
     "Verdict",
     "Watched",
     "WorldConfig",
+    "box",
     "caption",
     "cell_labels",
+    "chain",
     "check",
     "claims_of",
+    "converse",
     "describe",
     "edit",
     "is_held_out",
     "kept",
+    "locate",
     "look",
+    "overlap",
     "question",
+    "question_of_several",
+    "read_boxes",
     "render",
     "render_clip",
     "sample_scene",
+    "sample_several",
+    "say_boxes",
     "vocabulary_texts",
     "watch",
+    "well_placed",
 ]

@@ -14,10 +14,11 @@ from tqdm import tqdm
 
 from openlance.data.save import save_video
 from openlance.errors import InputError
+from openlance.world.edits import edit
 from openlance.world.language import caption
+from openlance.world.questions import question
 from openlance.world.render import render, render_clip
 from openlance.world.scene import Scene, WorldConfig, sample_scene
-from openlance.world.tasks import edit, question
 
 SIDE, FRAMES, FPS = 96, 9, 8
 STILL = WorldConfig(max_things=2)

@@ -12,6 +12,7 @@ MOTION_WORDS = {
     "left": "moving left", "right": "moving right", "up": "moving up", "down": "moving down",
     "grow": "growing", "shrink": "shrinking",
 }  # fmt: skip
+TIME_WORDS = {"early": "at first", "late": "at the end"}
 RELATION_WORDS = {
     "left": ("left of", "to the left of"),
     "right": ("right of", "to the right of"),
@@ -32,6 +33,7 @@ class ThingClaim:
     size: str | None = None
     place: str | None = None
     motion: str | None = None
+    when: str | None = None
 
 
 @dataclass(frozen=True)
@@ -57,8 +59,10 @@ class Claims:
 
 def claims_of(scene: Scene, *, clip: bool = False) -> Claims:
     """Everything there is to say of a scene; the motions, stillness too, only where it is a clip."""
+    moves = [(t.motion, said_time(t)) if clip else (None, None) for t in scene.things]
     things = tuple(
-        ThingClaim(t.shape, t.color, t.size, t.place, t.motion if clip else None) for t in scene.things
+        ThingClaim(t.shape, t.color, t.size, t.place, *move)
+        for t, move in zip(scene.things, moves, strict=True)
     )
     text = TextClaim(scene.text.word, scene.text.color, scene.text.place) if scene.text else None
     related = relation(*scene.things) if len(scene.things) == 2 else None
@@ -98,6 +102,17 @@ def relation(a: Thing, b: Thing) -> str | None:
     return "above" if dy < 0 else "below"
 
 
+def said_time(thing: Thing) -> str | None:
+    """When the thing moves, where that is worth a word."""
+    return thing.when if thing.when != "always" else None
+
+
+def refer(thing: Thing, scene: Scene, rng: np.random.Generator) -> str:
+    """Say "the circle" where there is one circle, else, and sometimes anyway, "the red circle"."""
+    alone = sum(other.shape == thing.shape for other in scene.things) == 1
+    return f"the {thing.shape}" if alone and rng.random() < 0.6 else f"the {thing.color} {thing.shape}"
+
+
 def say_thing(thing: Thing, rng: Rng, *, place: bool) -> tuple[str, ThingClaim]:
     size = thing.size if chance(rng, 0.75) else None
     motion = thing.motion if thing.motion != "still" else None
@@ -106,7 +121,10 @@ def say_thing(thing: Thing, rng: Rng, *, place: bool) -> tuple[str, ThingClaim]:
         words.append(at_place(thing.place, rng))
     if motion:
         words.append(MOTION_WORDS[motion])
-    claim = ThingClaim(thing.shape, thing.color, size, thing.place if place else None, motion)
+    when = said_time(thing)
+    if when:
+        words.append(TIME_WORDS[when])
+    claim = ThingClaim(thing.shape, thing.color, size, thing.place if place else None, motion, when)
     return " ".join(words), claim
 
 

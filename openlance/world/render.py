@@ -12,8 +12,19 @@ PERIOD = 1 / 7  # of a texture, in shorter sides: one 16-pixel patch at 112 pixe
 FONT_HEIGHT = 0.25  # of the letters' em, in shorter sides
 BOLD = 0.03  # extra stroke on each side of a letter's lines, in ems: one pixel at 112 pixels
 STAR_NOTCH = 0.42  # inner over outer radius
+# How far each outline of `distance` reaches from the middle, in radii: left and right, up, down.
+REACH = {
+    "circle": (1.0, 1.0, 1.0),
+    "square": (0.88, 0.88, 0.88),
+    "triangle": (1.0, 0.92, 0.82),
+    "cross": (1.0, 1.0, 1.0),
+    "star": (1.008, 1.007, 0.911),
+    "ring": (1.0, 1.0, 1.0),
+}
 
 Size = int | tuple[int, int]
+Box = tuple[int, int, int, int]
+"""Left, top, right, bottom in pixels, between pixels: a picture's own box is (0, 0, width, height)."""
 
 
 def height_width(size: Size) -> tuple[int, int]:
@@ -90,15 +101,35 @@ def paint(picture: np.ndarray, coverage: np.ndarray, color: str, top: int, left:
     area[:] = area + coverage[..., None] * (ink - area) + 0.5
 
 
-def draw_thing(picture: np.ndarray, thing: Thing, frame_time: float) -> None:
-    height, width = picture.shape[:2]
+def progress(thing: Thing, frame_time: float) -> float:
+    """The share of its motion that a thing has behind it."""
+    if thing.when == "early":
+        return min(1.0, 2 * frame_time)
+    return max(0.0, 2 * frame_time - 1) if thing.when == "late" else frame_time
+
+
+def placed(thing: Thing, height: int, width: int, frame_time: float) -> tuple[float, float, float]:
+    """(x, y, radius) in pixels."""
+    done = progress(thing, frame_time)
     column, row = cell(thing.place)
     dx, dy = STEPS.get(thing.motion, (0, 0))
-    x = width * ((column + 0.5 + frame_time * dx) / 3 + thing.offset[0])
-    y = height * ((row + 0.5 + frame_time * dy) / 3 + thing.offset[1])
+    x = width * ((column + 0.5 + done * dx) / 3 + thing.offset[0])
+    y = height * ((row + 0.5 + done * dy) / 3 + thing.offset[1])
     begin = RADII[thing.size]
     end = {"grow": RADII["large"], "shrink": RADII["small"]}.get(thing.motion, begin)
-    r = min(height, width) * (begin + frame_time * (end - begin))
+    return x, y, min(height, width) * (begin + done * (end - begin))
+
+
+def box(thing: Thing, size: Size = 112, frame_time: float = 0.0) -> Box:
+    """The smallest box around a thing, rounded to whole pixels."""
+    x, y, r = placed(thing, *height_width(size), frame_time)
+    side, up, down = REACH[thing.shape]
+    return round(x - side * r), round(y - up * r), round(x + side * r), round(y + down * r)
+
+
+def draw_thing(picture: np.ndarray, thing: Thing, frame_time: float) -> None:
+    height, width = picture.shape[:2]
+    x, y, r = placed(thing, height, width, frame_time)
     left, right = max(int(x - 1.1 * r) - 1, 0), min(int(x + 1.1 * r) + 3, width)
     top, bottom = max(int(y - 1.1 * r) - 1, 0), min(int(y + 1.1 * r) + 3, height)
     across = np.arange(left, right, dtype=np.float32)[None] + np.float32(0.5 - x)

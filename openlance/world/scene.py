@@ -47,6 +47,7 @@ TEXT_PLACES = ("top", "center", "bottom")
 SIZES = ("small", "large")
 TEXTURES = ("plain", "stripes", "checks", "dots")
 MOTIONS = ("still", "left", "right", "up", "down", "grow", "shrink")
+TIMES = ("always", "early", "late")  # of a motion: the whole clip, its first half, its second half
 WORDS = (
     "A", "GO", "HI", "NO", "OK", "UP", "BUS", "CAT", "DOG", "FOX", "JAM", "KEY", "SUN", "YES", "ZOO",
     "BLUE", "FISH", "MOON", "OPEN", "STOP", "TREE", "WAVE", "HELLO", "LANCE", "QUICK", "VIDEO",
@@ -80,7 +81,10 @@ def cell(place: str) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class Thing:
-    """One shape. Place and size are those of the first frame; offset (dx, dy) in fractions of the picture."""
+    """One shape. Place and size are those of the first frame; offset (dx, dy) in fractions of the picture.
+
+    when: in which part of a clip it moves.
+    """
 
     shape: str
     color: str
@@ -88,6 +92,7 @@ class Thing:
     place: str
     offset: tuple[float, float] = (0.0, 0.0)
     motion: str = "still"
+    when: str = "always"
 
     def __post_init__(self) -> None:
         known("shape", self.shape, SHAPES)
@@ -97,6 +102,9 @@ class Thing:
         known("motion", self.motion, MOTIONS)
         if self.motion not in possible_motions(self.size, self.place):
             raise InputError(f"a {self.size} thing at the {self.place} cannot move {self.motion!r}")
+        known("time of a motion", self.when, TIMES)
+        if self.motion == "still" and self.when != "always":
+            raise InputError(f"a thing that stands still cannot move {self.when!r}: give it a motion")
 
     @property
     def cells(self) -> frozenset[tuple[int, int]]:
@@ -168,6 +176,7 @@ class WorldConfig:
     words: tuple[str, ...] = ()
     text_share: float = 0.5  # of the scenes, where there are words
     motions: tuple[str, ...] = ("still",)
+    times: tuple[str, ...] = ("always",)
 
     def __post_init__(self) -> None:
         if not 1 <= self.max_things <= min(4, len(self.count_weights)):
@@ -176,6 +185,7 @@ class WorldConfig:
             ("ground", self.grounds, GROUNDS),
             ("texture", self.textures, TEXTURES),
             ("motion", self.motions, MOTIONS),
+            ("time of a motion", self.times, TIMES),
         ):
             for value in values:
                 known(kind, value, choices)
@@ -214,12 +224,16 @@ def pick(rng: np.random.Generator, choices):
     return choices[int(rng.integers(len(choices)))]
 
 
-def sample_thing(rng: np.random.Generator, motions: tuple[str, ...] = ("still",), place: str = "") -> Thing:
-    """A thing of any kind, at `place` or anywhere."""
-    size, place = pick(rng, SIZES), place or pick(rng, PLACES)
+def sample_thing(
+    rng: np.random.Generator, motions: tuple[str, ...] = ("still",), times: tuple[str, ...] = ("always",)
+) -> Thing:
+    """A thing of any kind, anywhere."""
+    size, place = pick(rng, SIZES), pick(rng, PLACES)
     motion = pick(rng, [m for m in motions if m in possible_motions(size, place)] or ["still"])
     dx, dy = rng.uniform(-JITTER, JITTER, size=2)
-    return Thing(pick(rng, SHAPES), pick(rng, list(COLORS)), size, place, (float(dx), float(dy)), motion)
+    thing = Thing(pick(rng, SHAPES), pick(rng, list(COLORS)), size, place, (float(dx), float(dy)), motion)
+    # One choice draws nothing, so that worlds without times are the same as ever.
+    return thing if motion == "still" or len(times) == 1 else replace(thing, when=pick(rng, times))
 
 
 def sample_scene(
@@ -237,7 +251,8 @@ def sample_scene(
             if len(scene.things) == count:
                 break
             with suppress(InputError):  # the new thing stands on another: draw again
-                wider = replace(scene, things=(*scene.things, sample_thing(rng, config.motions)))
+                thing = sample_thing(rng, config.motions, config.times)
+                wider = replace(scene, things=(*scene.things, thing))
                 scene = wider if is_clear(wider) else scene
         if len(scene.things) == count and held_out in (None, is_held_out(scene)):
             return scene

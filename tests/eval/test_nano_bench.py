@@ -9,10 +9,8 @@ import pytest
 from PIL import Image
 
 from openlance.errors import InputError
-from openlance.eval.nano_bench import Tally, run, table
+from openlance.eval.nano_bench import PARTS, WIDE_PARTS, Tally, run, table
 from openlance.infer.pipeline import LancePipeline
-
-PARTS = ("one", "two", "held_out", "questions", "edits", "motion")
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +28,7 @@ def test_tally_leaves_out_what_was_not_asked() -> None:
 
 def test_every_part_scores_and_is_written(nano: LancePipeline, tmp_path: Path) -> None:
     results = run(nano, count=2, clips=1, steps=2, out=tmp_path)
-    assert tuple(results) == PARTS
+    assert tuple(results) == PARTS == ("one", "two", "held_out", "questions", "edits", "motion")
     for scores in results.values():
         assert all(0 <= value <= 1 for name, value in scores.items() if name != "seconds")
     saved = json.loads((tmp_path / "scores.json").read_text())
@@ -45,6 +43,18 @@ def test_the_same_seed_gives_the_same_scores(nano: LancePipeline) -> None:
         assert {k: v for k, v in first[part].items() if k != "seconds"} == {
             k: v for k, v in again[part].items() if k != "seconds"
         }
+
+
+def test_the_wide_parts_score_what_they_name(nano: LancePipeline) -> None:
+    results = run(nano, count=4, steps=1, parts=WIDE_PARTS)
+    names = {part: set(scores) - {"seconds"} for part, scores in results.items()}
+    assert names == {
+        "boxes": {"all"},
+        "words": {"drawn", "read", "write", "rewrite", "erase"},
+        "several": {"all", "which", "same", "most", "total"},
+        "turns": {"question", "second edit"},
+    }
+    assert all(0 <= results[part][name] <= 1 for part in names for name in names[part])
 
 
 def test_an_unknown_part_is_named(nano: LancePipeline) -> None:

@@ -9,19 +9,36 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from tiny import config as tiny_config
+from tiny import tokenizer
 
+from openlance.config import RLConfig
+from openlance.data.tasks import Row, View, to_sample
 from openlance.infer.pipeline import LancePipeline
 from openlance.model.checkpoint import save_pretrained
+from openlance.sequence.segment import Kind, Role
 from openlance.sequence.template import Task
 from openlance.train.loop import Validation, train
-from openlance.train.nano import CONTINUAL, MIXTURES, NanoParts, NanoRecipe, make_parts, nano_tokenizer
-from openlance.train.nano_data import KINDS, EncodedWorld, draw
+from openlance.train.nano import (
+    CONTINUAL,
+    FULL,
+    MIXTURES,
+    WIDE_RECIPE,
+    NanoParts,
+    NanoRecipe,
+    make_parts,
+    nano_tokenizer,
+)
+from openlance.train.nano_data import KINDS, WIDE_KINDS, EncodedWorld, draw, stored
 from openlance.train.parallel import Ranks
 from openlance.train.presets import PRESETS, preset
-from openlance.world import is_held_out, render
+from openlance.world import Scene, box, is_held_out, read_boxes, render
+from openlance.world.language import NUMBERS
 
-TINY = NanoRecipe(vae_minutes=0.02, clip_minutes=0.02, vision_minutes=0.02, items=(6, 3, 3, 2))
+TINY = NanoRecipe(
+    vae_minutes=0.02, clip_minutes=0.02, vision_minutes=0.02, items=(6, 3, 3, 2), wide_items=(4, 4, 4, 2)
+)
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +105,112 @@ def test_held_out_items_are_never_trained_on(parts: NanoParts) -> None:
         assert row.target is not None and not torch.equal(row.target.latents, latents[-1])
 
 
-@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
+@pytest.fixture
+def encoded(tmp_path: Path) -> Path:
+    """A folder of items whose features and latents are their own row's number, as no encoder would make."""
+    for kind in (*KINDS, *WIDE_KINDS):
+        count = 4 * kind.scenes_each
+        tokens, frames = 16 * ((kind.frames + 1) // 2), (kind.frames + 3) // 4
+        rows = torch.arange(count, dtype=torch.float16)
+        save_file(
+            {"values": rows[:, None, None].expand(-1, tokens, 8).clone()}, stored(tmp_path, kind, "features")
+        )
+        latents = rows[:, None, None, None, None].expand(-1, frames, 6, 6, 48).clone()
+        save_file({"values": latents}, stored(tmp_path, kind, "latents"))
+    return tmp_path
+
+
+def number(view: View) -> int:
+    """The row of a view of `encoded`."""
+    assert view.features is not None and view.latents is not None
+    assert torch.equal(view.features.unique(), view.latents.unique())
+    return int(view.features.unique())
+
+
+def scenes_of(name: str, number: int) -> tuple[Scene, int]:
+    """(scene, which of its item) that a row of the kind stands for."""
+    kind = next(kind for kind in WIDE_KINDS + KINDS if kind.name == name)
+    item, place = divmod(number, kind.scenes_each)
+    return draw(kind, item)[0][place], place
+
+
+def rows_of(folder: Path, name: str, count: int = 40) -> list[Row]:
+    return list(islice(EncodedWorld(folder, {name: 1.0}).rows(0), count))
+
+
+def test_boxes_are_those_of_the_picture(encoded: Path) -> None:
+    for row in rows_of(encoded, "boxes"):
+        scene, _ = scenes_of("image", number(row.sources[0]))
+        assert row.answer is not None
+        assert set(read_boxes(row.answer)) <= {box(thing, 112) for thing in scene.things}
+
+
+def test_words_in_pictures_are_drawn_edited_and_read(encoded: Path) -> None:
+    rows = rows_of(encoded, "written")
+    assert {row.task for row in rows} == {Task.T2I, Task.IMAGE_EDIT, Task.X2T_IMAGE}
+    for row in rows:
+        scene, place = scenes_of("written", number((*row.sources, row.target)[0]))
+        assert place == 0
+        if row.task is Task.IMAGE_EDIT:
+            assert row.prompt == draw(WIDE_KINDS[0], number(row.target) // 2)[1][0]
+            assert number(row.target) == number(row.sources[0]) + 1
+        elif row.prompt in ("what does the text say?", "which word is written?"):
+            assert scene.text and row.answer == scene.text.word.lower()
+
+
+def test_several_pictures_are_shown_in_order(encoded: Path) -> None:
+    rows = rows_of(encoded, "several")
+    assert {len(row.sources) for row in rows} == {2, 3}
+    for row in rows:
+        numbers = list(map(number, row.sources))
+        assert numbers == list(range(numbers[0], numbers[0] + len(numbers))) and numbers[0] % 3 == 0
+        if row.prompt == "how many shapes are there in all pictures?":
+            total = sum(len(scenes_of("several", n)[0].things) for n in numbers)
+            assert row.answer == NUMBERS[total]
+
+
+def test_the_last_turn_of_a_conversation_is_learnt(encoded: Path) -> None:
+    rows = rows_of(encoded, "turns")
+    assert {row.task for row in rows} == {Task.IMAGE_EDIT, Task.X2T_IMAGE}
+    encode = tokenizer().encode_with_offsets
+    for row in rows:
+        seen = [number(view) % 3 for view in row.views()]
+        assert seen == sorted(seen) and len({number(view) // 3 for view in row.views()}) == 1
+        assert row.history and not row.sources
+        sample = to_sample(row, encode, tiny_config())
+        learnt = [s for s in sample if s.role in (Role.ANSWER, Role.TARGET)]
+        assert [s.kind for s in learnt] == [Kind.NOISY if row.target is not None else Kind.TEXT]
+        if row.target is not None:
+            assert torch.equal(learnt[0].latents, row.target.latents)
+        else:
+            assert tokenizer().decode(learnt[0].ids.tolist()).startswith(row.answer)
+
+
+def test_a_story_says_what_comes_first(encoded: Path) -> None:
+    rows = rows_of(encoded, "story")
+    assert {row.task for row in rows} == {Task.T2V, Task.VIDEO_EDIT, Task.X2T_VIDEO}
+    for row in rows:
+        if row.task is Task.X2T_VIDEO:
+            scene, _ = scenes_of("story", number(row.sources[0]))
+            [first] = [thing for thing in scene.things if thing.when == "early"]
+            assert row.answer in (first.shape, f"{first.color} {first.shape}")
+
+
+def test_the_full_mixture_covers_everything_and_changes_no_preset(encoded: Path) -> None:
+    assert np.isclose(sum(FULL.values()), 1.0) and set(CONTINUAL) < set(FULL)
+    assert not NanoRecipe().wide_items and len(WIDE_RECIPE.wide_items) == len(WIDE_KINDS)
+    assert FULL not in MIXTURES.values()
+    rows = islice(EncodedWorld(encoded, FULL).rows(0), 300)
+    assert {len(row.sources) for row in rows} >= {0, 1, 2, 3}
+
+
+@pytest.mark.slow
+def test_the_full_mixture_trains(parts: NanoParts, tmp_path: Path) -> None:
+    config = replace(preset("nano-ct"), steps=2, tokens=300, validate_every=0)
+    train(parts.new_model(0), parts.feed(config, Ranks(), FULL), config, tmp_path / "full")
+
+
+@pytest.mark.parametrize("kind", KINDS + WIDE_KINDS, ids=lambda kind: kind.name)
 def test_items_are_fixed_and_never_held_out(kind) -> None:  # type: ignore[no-untyped-def]
     for index in range(40):
         scenes, words = draw(kind, index)
@@ -105,7 +227,9 @@ def test_every_stage_has_every_task_that_nano_learns(stage: str) -> None:
 
 
 def test_every_preset_has_a_mixture() -> None:
-    assert {preset(name).stage for name in PRESETS} == set(MIXTURES)
+    """Those that learn from data: rewards need none."""
+    learning = [preset(name) for name in PRESETS]
+    assert {config.stage for config in learning if not isinstance(config, RLConfig)} == set(MIXTURES)
 
 
 def test_the_tokenizer_knows_the_world_in_whole_words(tmp_path: Path) -> None:

@@ -66,6 +66,19 @@ def test_motions_are_read(motion):
     assert len(watched.frames) == 5
 
 
+@pytest.mark.parametrize(
+    ("motion", "frames"), [("left", 5), ("down", 4), ("right", 3), ("grow", 5), ("shrink", 4)]
+)
+def test_times_of_motions_are_read(motion, frames):
+    size = "large" if motion == "shrink" else "small"
+    claims = Claims((ThingClaim("cross", "green", motion=motion, when="early"),))
+    for when in ("always", "early", "late"):
+        cross = Thing("cross", "green", size, "center", motion=motion, when=when)
+        clip = render_clip(Scene("white", things=(cross,)), frames)
+        assert watch(clip).times == (when,)
+        assert check(claims, clip) == Verdict(shape=True, color=True, motion=True, when=when == "early")
+
+
 def test_what_is_seen_is_measured():
     seen = look(render(SCENE))
     ring = next(thing for thing in seen.things if thing.shape == "ring")

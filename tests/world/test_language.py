@@ -59,6 +59,15 @@ def test_captions_of_motion_are_true_of_the_clip():
         assert check(claims, render_clip(scene, 3)).all, words
 
 
+def test_the_time_of_a_motion_is_said_where_it_is_not_all_the_clip():
+    thing = Thing("circle", "red", "small", "left", motion="right", when="early")
+    words = "a small red circle at the left moving right at first on white"
+    assert caption(Scene("white", things=(thing,))) == words
+    claim = ThingClaim("circle", "red", "small", "left", "right", "early")
+    assert describe(Scene("white", things=(thing,)))[1].things == (claim,)
+    assert claims_of(Scene("white", things=(thing,))).things[0].when is None
+
+
 def test_claims_are_what_the_words_say():
     """Every claimed value stands in the sentence, and no size, place or ground stands there unclaimed."""
     rng = np.random.default_rng(2)

@@ -60,6 +60,16 @@ def test_a_clip_begins_and_ends_with_its_pictures():
     )
 
 
+def test_a_motion_early_or_late_takes_half_the_clip():
+    def clip(when: str) -> np.ndarray:
+        ring = Thing("ring", "blue", "small", "left", motion="right", when=when)
+        return render_clip(Scene("white", things=(ring,)), 5, 64)
+
+    always, early, late = map(clip, ("always", "early", "late"))
+    assert np.array_equal(early[[0, 1, 2, 3, 4]], always[[0, 2, 4, 4, 4]])
+    assert np.array_equal(late[[0, 1, 2, 3, 4]], always[[0, 0, 0, 2, 4]])
+
+
 def test_motions_stay_in_the_picture():
     assert set(possible_motions("small", "top left")) == {"still", "right", "down", "grow"}
     assert set(possible_motions("large", "center")) == set(MOTIONS) - {"grow"}

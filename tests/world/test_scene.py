@@ -15,6 +15,7 @@ from openlance.world import (
     SHAPES,
     SIZES,
     TEXTURES,
+    TIMES,
     WORDS,
     Scene,
     Text,
@@ -77,6 +78,14 @@ def test_palettes_are_well_separated():
     assert apart[apart > 0].min() > 80
 
 
+def test_times_are_drawn_for_what_moves_alone_and_change_nothing_else():
+    timed = draw(60, replace(FULL, times=TIMES))
+    things = [thing for scene in timed for thing in scene.things]
+    assert {thing.when for thing in things if thing.motion != "still"} == set(TIMES)
+    assert {thing.when for thing in things if thing.motion == "still"} == {"always"}
+    assert {thing.when for scene in draw(60) for thing in scene.things} == {"always"}
+
+
 def test_cell_labels_count_from_one():
     scene = Scene("white", things=(Thing("ring", "pink", "large", "right"),))
     labels = cell_labels(scene)
@@ -97,6 +106,9 @@ THING = Thing("circle", "red", "small", "top left")
         (lambda: replace(THING, place="middle"), "unknown place 'middle'"),
         (lambda: replace(THING, motion="left"), "cannot move 'left'"),
         (lambda: replace(THING, motion="shrink"), "cannot move 'shrink'"),
+        (lambda: replace(THING, when="soon"), "unknown time of a motion 'soon'"),
+        (lambda: replace(THING, when="early"), "cannot move 'early': give it a motion"),
+        (lambda: WorldConfig(times=("soon",)), "unknown time of a motion 'soon'"),
         (lambda: Scene("pink"), "unknown ground 'pink'"),
         (lambda: Scene("white", "waves"), "unknown texture 'waves'"),
         (lambda: Scene("white", things=(THING, replace(THING, color="blue"))), "another part of the scene"),

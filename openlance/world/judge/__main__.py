@@ -7,11 +7,11 @@ from collections.abc import Callable
 import numpy as np
 from scipy import ndimage
 
+from openlance.world.edits import edit
 from openlance.world.judge import check
 from openlance.world.language import claims_of
 from openlance.world.render import render, render_clip
 from openlance.world.scene import MOTIONS, TEXTURES, WORDS, WorldConfig, sample_scene
-from openlance.world.tasks import edit
 
 BLUR, NOISE = 1.0, 8.0  # sigma in pixels, sigma in levels of 0 to 255
 PICTURES = WorldConfig(max_things=3, count_weights=(1, 1, 1), textures=TEXTURES, words=WORDS)

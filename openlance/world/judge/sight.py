@@ -41,7 +41,8 @@ TOLERANCE = 0.2
 
 @dataclass(frozen=True)
 class SeenThing:
-    """A thing as seen: center (x, y) in fractions of width and height, radius in shorter sides.
+    """A thing as seen: center (x, y) and box (left, top, right, bottom) in fractions of width and height,
+    radius in shorter sides.
 
     Shape or color is "unknown" where it fits none; confidence in [0, 1] is the margin of the shape over the
     second best.
@@ -54,6 +55,7 @@ class SeenThing:
     center: tuple[float, float]
     radius: float
     confidence: float
+    box: tuple[float, float, float, float]
 
 
 @dataclass(frozen=True)
@@ -266,13 +268,14 @@ def see_thing(blob: Blob, size: tuple[int, int]) -> SeenThing:
     height, width = size
     shape, confidence = see_shape(blob.coverage)
     rows, columns = np.nonzero(blob.coverage > 0.5)
-    x = float(blob.left + (columns.min() + columns.max() + 1) / 2) / width
-    y = float(blob.top + (rows.min() + rows.max() + 1) / 2) / height
+    left, right = blob.left + columns.min(), blob.left + columns.max() + 1
+    top, bottom = blob.top + rows.min(), blob.top + rows.max() + 1
+    x, y = float(left + right) / 2 / width, float(top + bottom) / 2 / height
     radius = float(max(np.ptp(rows), np.ptp(columns)) + 1) / 2 / min(size)
     place = PLACES[3 * min(int(3 * y), 2) + min(int(3 * x), 2)]
-    return SeenThing(
-        shape, blob.color, "small" if radius < BETWEEN_SIZES else "large", place, (x, y), radius, confidence
-    )
+    size_word = "small" if radius < BETWEEN_SIZES else "large"
+    box = (float(left / width), float(top / height), float(right / width), float(bottom / height))
+    return SeenThing(shape, blob.color, size_word, place, (x, y), radius, confidence, box)
 
 
 def find_words(blobs: list[Blob], size: tuple[int, int]) -> tuple[tuple[SeenText, ...], list[Blob]]:

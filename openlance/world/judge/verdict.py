@@ -14,7 +14,11 @@ from openlance.world.scene import Scene
 
 ASIDE = 0.1  # how far apart, in fractions of the picture, two things must be to stand left of or above
 # Which claims decide what thing is meant; a sum of these is the cost of a match.
-WEIGHTS = {"shape": 1.0, "color": 1.0, "place": 1.0, "size": 0.5, "motion": 0.25}
+WEIGHTS = {"shape": 1.0, "color": 1.0, "place": 1.0, "size": 0.5, "motion": 0.25, "when": 0.25}
+
+
+Moves = list[tuple[str | None, str | None]]
+"""(motion, when) of each thing."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +34,7 @@ class Verdict:
     ground: bool | None = None
     texture: bool | None = None
     motion: bool | None = None
+    when: bool | None = None
     text: bool | None = None
 
     @property
@@ -61,41 +66,43 @@ class Kept:
 
 @dataclass(frozen=True)
 class Match:
-    """A claim, the thing it is taken to mean, and that thing's motion; both None where there is no thing."""
+    """A claim, the thing it is taken to mean, its motion and when it moves; None where there is no thing."""
 
     claim: ThingClaim
     thing: SeenThing | None
     motion: str | None
+    when: str | None
 
     def holds(self, name: str) -> bool:
         claimed = getattr(self.claim, name)
         return claimed is None or (self.thing is not None and claimed == self.seen(name))
 
     def seen(self, name: str) -> str | None:
-        return self.motion if name == "motion" else getattr(self.thing, name)
+        return getattr(self if name in ("motion", "when") else self.thing, name)
 
     @property
     def right(self) -> bool:
         return self.thing is not None and all(map(self.holds, WEIGHTS))
 
 
-def perceive(shown: np.ndarray) -> tuple[Seen, tuple[str | None, ...]]:
-    """(what is seen, the motion of each thing) of a clip [T, H, W, 3]; None for a picture [H, W, 3]."""
+def perceive(shown: np.ndarray) -> tuple[Seen, Moves]:
+    """(what is seen, how each thing moves) of a clip [T, H, W, 3]; None for a picture [H, W, 3]."""
     if isinstance(shown, np.ndarray) and shown.ndim == 4:
         watched = watch(shown)
-        return watched.first, watched.motions
+        return watched.first, list(zip(watched.motions, watched.times, strict=True))
     seen = look(shown)
-    return seen, (None,) * len(seen.things)
+    return seen, [(None, None)] * len(seen.things)
 
 
-def match(claims: tuple[ThingClaim, ...], seen: Seen, motions: tuple[str | None, ...]) -> list[Match]:
+def match(claims: tuple[ThingClaim, ...], seen: Seen, moves: Moves) -> list[Match]:
     """For each claim the thing it most likely means, no thing twice: the match with the least mistakes."""
-    found = [[Match(claim, *pair) for pair in zip(seen.things, motions, strict=True)] for claim in claims]
+    pairs = list(zip(seen.things, moves, strict=True))
+    found = [[Match(claim, thing, *move) for thing, move in pairs] for claim in claims]
     cost = np.array([[sum(w for n, w in WEIGHTS.items() if not m.holds(n)) for m in row] for row in found])
-    pairs = linear_sum_assignment(cost.reshape(len(claims), len(seen.things)))
-    meant = dict(zip(*map(np.ndarray.tolist, pairs), strict=True))
+    best = linear_sum_assignment(cost.reshape(len(claims), len(seen.things)))
+    meant = dict(zip(*map(np.ndarray.tolist, best), strict=True))
     return [
-        found[index][meant[index]] if index in meant else Match(claim, None, None)
+        found[index][meant[index]] if index in meant else Match(claim, None, None, None)
         for index, claim in enumerate(claims)
     ]
 
@@ -107,10 +114,10 @@ def check(claims: Claims, shown: np.ndarray) -> Verdict:
     right only where no word stands that was not claimed. Raises InputError where a motion is claimed of a
     picture.
     """
-    if any(thing.motion for thing in claims.things) and np.ndim(shown) == 3:
+    if any(thing.motion or thing.when for thing in claims.things) and np.ndim(shown) == 3:
         raise InputError("the claims speak of a motion: give the judge a clip [frames, height, width, 3]")
-    seen, motions = perceive(shown)
-    matches = match(claims.things, seen, motions)
+    seen, moves = perceive(shown)
+    matches = match(claims.things, seen, moves)
 
     def every(name: str) -> bool | None:
         claimed = [m for m in matches if getattr(m.claim, name) is not None]
@@ -147,9 +154,9 @@ def kept(before: Scene, after: Scene, shown: np.ndarray) -> Kept:
     made: the things, ground, texture and text that differ are seen as in `after`, and nothing is left where a
     thing had to go. kept: all others are seen as they were, and nothing else has come.
     """
-    seen, motions = perceive(shown)
+    seen, moves = perceive(shown)
     claims = claims_of(after, clip=np.ndim(shown) == 4)
-    matches = match(claims.things, seen, motions)
+    matches = match(claims.things, seen, moves)
     right = [thing for thing, m in zip(after.things, matches, strict=True) if m.right]
     matched = [m.thing for m in matches]
     left_places = {thing.place for thing in before.things if thing not in after.things}

@@ -12,6 +12,7 @@ from openlance.world.judge.sight import UNKNOWN, Seen, SeenThing, look
 
 # Up to the first a thing stands still or keeps its size; from the second it moves or changes.
 MOVED = (0.08, 0.16)  # way, in fractions of the picture; a whole motion is 0.33
+EARLY, LATE = 0.75, 0.25  # share of the way at half time: all of it, none of it, or half of it
 GROWN = (1.15, 1.3)  # ratio of radii; a whole growth is 1.65
 LOST = 0.45  # cost beyond which two sightings are not the same thing
 
@@ -21,11 +22,13 @@ class Watched:
     """A clip as seen. `first` is the first frame, where shape and color are what most frames show of a thing.
 
     motions: one for each of `first.things`, "unknown" where the thing is lost or its way is unclear.
+    times: likewise, when it moves: of TIMES, "always" for what stands still.
     """
 
     frames: tuple[Seen, ...]
     first: Seen
     motions: tuple[str, ...]
+    times: tuple[str, ...]
 
 
 def watch(clip: np.ndarray) -> Watched:
@@ -38,7 +41,8 @@ def watch(clip: np.ndarray) -> Watched:
         replace(thing, shape=most(t.shape for t in track if t), color=most(t.color for t in track if t))
         for thing, track in zip(frames[0].things, tracks, strict=True)
     )
-    return Watched(frames, replace(frames[0], things=things), tuple(map(see_motion, tracks)))
+    motions = tuple(map(see_motion, tracks))
+    return Watched(frames, replace(frames[0], things=things), motions, tuple(map(see_time, tracks, motions)))
 
 
 def most(values: Iterable[str]) -> str:
@@ -86,3 +90,24 @@ def see_motion(track: list[SeenThing | None]) -> str:
             return "right" if x > 0 else "left"
         return "down" if y > 0 else "up"
     return UNKNOWN
+
+
+def see_time(track: list[SeenThing | None], motion: str) -> str:
+    """When a track moves, by how much of its way it has behind it at half time."""
+    if motion in ("still", UNKNOWN):
+        return "always" if motion == "still" else UNKNOWN
+    middle = [thing for thing in (track[(len(track) - 1) // 2], track[len(track) // 2]) if thing]
+    if not middle:
+        return UNKNOWN
+    first, last = (_measure(thing, motion) for thing in (track[0], track[-1]) if thing)
+    done = (sum(_measure(thing, motion) for thing in middle) / len(middle) - first) / (last - first)
+    if done > EARLY:
+        return "early"
+    return "late" if done < LATE else "always"
+
+
+def _measure(thing: SeenThing, motion: str) -> float:
+    """What changes in a motion."""
+    if motion in ("grow", "shrink"):
+        return thing.radius
+    return thing.center[0 if motion in ("left", "right") else 1]

@@ -1,4 +1,4 @@
-"""Questions and edits: answers agree with what the judge sees, edits lead where they say."""
+"""Questions: the answers agree with what the judge sees."""
 
 from collections import Counter
 
@@ -7,7 +7,6 @@ import pytest
 
 from openlance.errors import InputError
 from openlance.world import (
-    EDIT_KINDS,
     MOTIONS,
     QUESTION_KINDS,
     TEXTURES,
@@ -15,15 +14,15 @@ from openlance.world import (
     Scene,
     Seen,
     SeenThing,
+    Text,
     Thing,
     WorldConfig,
-    edit,
-    is_held_out,
-    kept,
     look,
     question,
     render,
+    render_clip,
     sample_scene,
+    watch,
 )
 from openlance.world.language import NUMBERS
 
@@ -105,44 +104,54 @@ def test_motion_is_answered():
     assert qa.answer == "moves right"
 
 
-@pytest.mark.parametrize("kind", EDIT_KINDS)
-def test_an_edit_leads_where_it_says_and_the_judge_sees_it(kind):
-    rng = np.random.default_rng(EDIT_KINDS.index(kind))
-    for _ in range(8):
-        before = sample_scene(rng, PICTURES)
-        change = edit(before, rng, (kind,))
-        assert change.kind == kind and change.after != before
-        assert not is_held_out(change.after)
-        verdict = kept(before, change.after, render(change.after))
-        assert verdict.all, change
-        same = kept(before, change.after, render(before))
-        assert not same.made and same.kept, change
-
-
-def test_the_instruction_names_what_changes():
+def test_the_order_of_events_is_answered_as_the_judge_watches_it():
     rng = np.random.default_rng(0)
-    scene = Scene("white", things=(Thing("star", "red", "small", "left"),))
-    for _ in range(20):
-        change = edit(scene, rng, ("recolor",))
-        assert change.after.things[0].color in change.instruction and "star" in change.instruction
-        change = edit(scene, rng, ("move",))
-        assert change.instruction.endswith(f"to the {change.after.things[0].place}")
-        change = edit(scene, rng, ("ground",))
-        assert change.after.ground in change.instruction and change.after.things == scene.things
+    config = WorldConfig(count_weights=(0, 1), motions=MOTIONS, times=("early", "late"))
+    answers = set()
+    while len(answers) < 4:
+        scene = sample_scene(rng, config, held_out=None)
+        if {thing.when for thing in scene.things} != {"early", "late"}:
+            continue
+        qa = question(scene, rng, ("order",))
+        watched = watch(render_clip(scene, 5))
+        first = watched.first.things[watched.times.index("early")]
+        assert qa.answer in (first.shape, f"{first.color} {first.shape}")
+        assert f"the {qa.answer}" in qa.question
+        answers.add(qa.answer)
 
 
-def test_edits_cover_all_kinds():
+def test_shapes_are_named_in_their_order():
+    things = (
+        Thing("star", "red", "small", "right"),
+        Thing("ring", "blue", "small", "top left"),
+        Thing("cross", "blue", "large", "bottom"),
+    )
     rng = np.random.default_rng(0)
-    assert {edit(sample_scene(rng, FULL), rng).kind for _ in range(100)} == set(EDIT_KINDS)
+    asked = {question(Scene("white", things=things), rng, ("row",)) for _ in range(20)}
+    assert {(qa.question, qa.answer) for qa in asked} == {
+        ("name the shapes from left to right", "ring, cross, star"),
+        ("name the shapes from top to bottom", "ring, star, cross"),
+    }
+    with pytest.raises(InputError, match="no question of the kinds row"):
+        question(Scene("white", things=things[:1]), rng, ("row",))
 
 
-def test_what_cannot_be_asked_or_edited_is_refused():
+def test_lettering_is_asked_about_exactly():
+    scene = Scene("white", text=Text("SUN", "red", "top"))
+    rng = np.random.default_rng(0)
+    asked = {(qa.question, qa.answer) for qa in (question(scene, rng, ("lettering",)) for _ in range(200))}
+    assert ("what color is the word?", "red") in asked and ("where is the text?", "top") in asked
+    right = {answer for words, answer in asked if words == 'is the word "sun" there?'}
+    wrong = {answer for words, answer in asked if words.startswith("is the word") and "sun" not in words}
+    assert right == {"yes"} and wrong == {"no"}
+
+
+def test_what_cannot_be_asked_is_refused():
     rng = np.random.default_rng(0)
     with pytest.raises(InputError, match="allows no question of the kinds text"):
         question(Scene("white"), rng, ("text",))
+    for kind in ("order", "row", "lettering"):
+        with pytest.raises(InputError, match=f"allows no question of the kinds {kind}"):
+            question(Scene("white"), rng, (kind,))
     with pytest.raises(InputError, match="unknown kind of question 'weight'"):
         question(Scene("white"), rng, ("weight",))
-    with pytest.raises(InputError, match="at least one thing"):
-        edit(Scene("white"), rng)
-    with pytest.raises(InputError, match="unknown kind of edit 'melt'"):
-        edit(Scene("white", things=(Thing("star", "red", "small", "left"),)), rng, ("melt",))

@@ -1,32 +1,24 @@
-"""Questions and edits about a scene, with their exact answers and results."""
+"""Questions about a scene, with their exact answers."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
 from openlance.errors import InputError
-from openlance.world.language import GROUND_NOUNS, NUMBERS, at_place, caption, with_article
+from openlance.world.language import GROUND_NOUNS, NUMBERS, at_place, caption, refer, with_article
 from openlance.world.scene import (
     COLORS,
-    GROUNDS,
     HELD_OUT,
-    MOTIONS,
     PLACES,
     SHAPES,
-    SIZES,
-    TEXTURES,
     WORDS,
     Scene,
     Thing,
-    WorldConfig,
     cell,
-    is_clear,
     is_held_out,
     known,
     pick,
-    sample_scene,
-    sample_thing,
 )
 
 MOTION_ANSWERS = {
@@ -37,19 +29,10 @@ MOTION_ANSWERS = {
 
 @dataclass(frozen=True)
 class QA:
-    """A question, its only right answer (one or two words, lower case), its kind (of QUESTION_KINDS)."""
+    """A question, its only right answer (a few words, lower case), its kind."""
 
     question: str
     answer: str
-    kind: str
-
-
-@dataclass(frozen=True)
-class Edit:
-    """An instruction, the scene that it leads to, its kind (of EDIT_KINDS)."""
-
-    instruction: str
-    after: Scene
     kind: str
 
 
@@ -60,12 +43,6 @@ Asked = tuple[str, str] | None  # (question, answer); None where the scene does 
 def stays(thing: Thing) -> bool:
     """Whether the thing has one place for the whole clip."""
     return thing.motion in ("still", "grow", "shrink")
-
-
-def refer(thing: Thing, scene: Scene, rng: Rng) -> str:
-    """Say "the circle" where there is one circle, else, and sometimes anyway, "the red circle"."""
-    alone = sum(other.shape == thing.shape for other in scene.things) == 1
-    return f"the {thing.shape}" if alone and rng.random() < 0.6 else f"the {thing.color} {thing.shape}"
 
 
 def ask_color(scene: Scene, rng: Rng) -> Asked:
@@ -176,12 +153,58 @@ def ask_motion(scene: Scene, rng: Rng) -> Asked:
     return f"what does {refer(thing, scene, rng)} do?", MOTION_ANSWERS[thing.motion]
 
 
+def ask_order(scene: Scene, rng: Rng) -> Asked:
+    """What comes first in a clip: one thing has done its motion when the other begins."""
+    early = [thing for thing in scene.things if thing.when == "early"]
+    late = [thing for thing in scene.things if thing.when == "late"]
+    if not early or not late:
+        return None
+    first, other = (refer(pick(rng, things), scene, rng) for things in (early, late))
+    a, b = (first, other) if rng.random() < 0.5 else (other, first)
+    return f"which starts first, {a} or {b}?", first.removeprefix("the ")
+
+
+def ask_row(scene: Scene, rng: Rng) -> Asked:
+    """Every shape by name, in the order in which they stand."""
+    options = []
+    for axis, words in ((0, "from left to right"), (1, "from top to bottom")):
+        at = {cell(thing.place)[axis]: thing.shape for thing in scene.things}
+        if len(at) == len(scene.things) > 1 and all(map(stays, scene.things)):
+            options.append((words, ", ".join(at[index] for index in sorted(at))))
+    if not options:
+        return None
+    words, answer = pick(rng, options)
+    return f"name the shapes {words}", answer
+
+
+def ask_lettering(scene: Scene, rng: Rng) -> Asked:
+    """What the written word looks like, where it stands, or whether it is this one."""
+    text = scene.text
+    if text is None:
+        return None
+    yes = rng.random() < 0.5
+    word = text.word if yes else pick(rng, [word for word in WORDS if word != text.word])
+    return pick(
+        rng,
+        (
+            (f"what color is the {pick(rng, ('text', 'word'))}?", text.color),
+            (f"where is the {pick(rng, ('text', 'word'))}?", text.place),
+            (f'is the word "{word.lower()}" there?', "yes" if yes else "no"),
+        ),
+    )
+
+
 ASKERS: dict[str, Callable[[Scene, Rng], Asked]] = {
     "color": ask_color, "shape": ask_shape, "size": ask_size, "place": ask_place, "count": ask_count,
     "relation": ask_relation, "exists": ask_exists, "ground": ask_ground, "text": ask_text,
     "motion": ask_motion,
 }  # fmt: skip
 QUESTION_KINDS = tuple(ASKERS)
+# Asked only where they are named: whoever asks of QUESTION_KINDS draws the same questions as ever.
+WIDE_ASKERS: dict[str, Callable[[Scene, Rng], Asked]] = {
+    "order": ask_order, "row": ask_row, "lettering": ask_lettering,
+}  # fmt: skip
+WIDE_QUESTION_KINDS = tuple(WIDE_ASKERS)
 
 
 def question(scene: Scene, rng: Rng, kinds: Sequence[str] = QUESTION_KINDS) -> QA:
@@ -190,107 +213,10 @@ def question(scene: Scene, rng: Rng, kinds: Sequence[str] = QUESTION_KINDS) -> Q
     Place, size and relation are asked only of what keeps them for the whole clip. Raises InputError where the
     scene allows none of the kinds.
     """
+    askers = ASKERS | WIDE_ASKERS
     for index in rng.permutation(len(kinds)):
-        known("kind of question", kinds[index], QUESTION_KINDS)
-        asked = ASKERS[kinds[index]](scene, rng)
+        known("kind of question", kinds[index], askers)
+        asked = askers[kinds[index]](scene, rng)
         if asked:
             return QA(*asked, kinds[index])
     raise InputError(f"the scene allows no question of the kinds {', '.join(kinds)}: {caption(scene)}")
-
-
-def edit_recolor(scene: Scene, rng: Rng) -> tuple[str, Scene] | None:
-    index = int(rng.integers(len(scene.things)))
-    thing, color = scene.things[index], pick(rng, list(COLORS))
-    if color == thing.color:
-        return None
-    what = refer(thing, scene, rng)
-    words = pick(rng, (f"make {what} {color}", f"change {what} to {color}", f"paint {what} {color}"))
-    return words, swap(scene, index, replace(thing, color=color))
-
-
-def edit_reshape(scene: Scene, rng: Rng) -> tuple[str, Scene] | None:
-    index = int(rng.integers(len(scene.things)))
-    thing, shape = scene.things[index], pick(rng, SHAPES)
-    if shape == thing.shape:
-        return None
-    what, into = refer(thing, scene, rng), with_article(shape)
-    words = pick(rng, (f"turn {what} into {into}", f"change {what} into {into}", f"make {what} {into}"))
-    return words, swap(scene, index, replace(thing, shape=shape))
-
-
-def edit_move(scene: Scene, rng: Rng) -> tuple[str, Scene] | None:
-    index = int(rng.integers(len(scene.things)))
-    thing, place = scene.things[index], pick(rng, PLACES)
-    if place == thing.place or thing.motion != "still":
-        return None
-    verb = pick(rng, ("move", "shift"))
-    words = f"{verb} {refer(thing, scene, rng)} to the {place}"
-    return words, swap(scene, index, replace(thing, place=place))
-
-
-def edit_add(scene: Scene, rng: Rng) -> tuple[str, Scene] | None:
-    if len(scene.things) == 4:
-        return None
-    new = sample_thing(rng)
-    what = with_article(f"{new.size} {new.color} {new.shape}")
-    words = f"{pick(rng, ('add', 'put', 'draw'))} {what} {at_place(new.place, rng)}"
-    return words, replace(scene, things=(*scene.things, new))
-
-
-def edit_remove(scene: Scene, rng: Rng) -> tuple[str, Scene] | None:
-    index = int(rng.integers(len(scene.things)))
-    verb = pick(rng, ("remove", "delete", "take away"))
-    words = f"{verb} {refer(scene.things[index], scene, rng)}"
-    return words, replace(scene, things=scene.things[:index] + scene.things[index + 1 :])
-
-
-def edit_ground(scene: Scene, rng: Rng) -> tuple[str, Scene] | None:
-    ground, noun = pick(rng, list(GROUNDS)), pick(rng, GROUND_NOUNS)
-    if ground == scene.ground:
-        return None
-    words = pick(rng, (f"change the {noun} to {ground}", f"make the {noun} {ground}"))
-    return words, replace(scene, ground=ground)
-
-
-def swap(scene: Scene, index: int, thing: Thing) -> Scene:
-    return replace(scene, things=(*scene.things[:index], thing, *scene.things[index + 1 :]))
-
-
-EDITORS: dict[str, Callable[[Scene, Rng], tuple[str, Scene] | None]] = {
-    "recolor": edit_recolor, "reshape": edit_reshape, "move": edit_move, "add": edit_add,
-    "remove": edit_remove, "ground": edit_ground,
-}  # fmt: skip
-EDIT_KINDS = tuple(EDITORS)
-
-
-def edit(scene: Scene, rng: Rng, kinds: Sequence[str] = EDIT_KINDS) -> Edit:
-    """An edit of one of `kinds`, each equally likely. The result is clear; it shows a held-out pair only if
-    the scene does. Needs at least one thing; raises InputError where no edit of the kinds is found.
-    """
-    for kind in kinds:
-        known("kind of edit", kind, EDIT_KINDS)
-    if not scene.things:
-        raise InputError("an edit needs a scene with at least one thing")
-    for index in rng.permutation(len(kinds)):
-        for _ in range(40):  # redraw what collides, repeats or is held out
-            try:
-                edited = EDITORS[kinds[index]](scene, rng)
-            except InputError:
-                continue
-            if edited and is_clear(edited[1]) and (is_held_out(scene) or not is_held_out(edited[1])):
-                return Edit(*edited, kinds[index])
-    raise InputError(f"the scene allows no edit of the kinds {', '.join(kinds)}: {caption(scene)}")
-
-
-def vocabulary_texts() -> list[str]:
-    """Captions, questions, answers and instructions with every word of the world, to train a tokenizer on."""
-    rng = np.random.default_rng(0)
-    moving = WorldConfig(max_things=3, textures=TEXTURES, words=WORDS, motions=MOTIONS)
-    texts = [" ".join(words) for words in (SHAPES, COLORS, GROUNDS, PLACES, SIZES, NUMBERS)]
-    texts += [word.lower() for word in WORDS]
-    for config in (WorldConfig(), moving):
-        for _ in range(400):
-            scene = sample_scene(rng, config)
-            asked = question(scene, rng)
-            texts += [caption(scene, rng), asked.question, asked.answer, edit(scene, rng).instruction]
-    return texts
