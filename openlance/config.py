@@ -308,6 +308,8 @@ class TrainConfig:
     """Layers through torch.compile."""
     replicas: int = 1
     """Copies of the model, each spread over its share of the processes (hybrid sharding)."""
+    context: int = 1
+    """Processes that share each pack, for samples too long for one device (context parallelism)."""
     save_every: int = 500
     """Steps after which the run is saved."""
     validate_every: int = 500
@@ -318,7 +320,7 @@ class TrainConfig:
     """Of data order, times, noise and new weights."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "lanes", "tokens", "keep", "save_every", "replicas"):
+        for name in ("steps", "lanes", "tokens", "keep", "save_every", "replicas", "context"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1, not {getattr(self, name)}")
         for name, known in (("schedule", SCHEDULES), ("precision", PRECISIONS)):
@@ -332,6 +334,84 @@ class TrainConfig:
         for name in ("drop_text", "drop_all", "decay", "ema"):
             if not 0 <= getattr(self, name) <= 1:
                 raise InputError(f"{name} must lie in [0, 1], not {getattr(self, name)}")
+
+
+ALGORITHMS = ("grpo", "nft", "words")
+
+
+@dataclass(frozen=True)
+class RLConfig(TrainConfig):
+    """One run of reinforcement learning: at each step a lane makes a group of media of one prompt."""
+
+    stage: str = "reinforcement learning"
+    """A name for the log."""
+    algorithm: str = "grpo"
+    """grpo (stochastic steps and their densities), nft (DiffusionNFT: no trajectories, no guidance), or words
+    (GRPO of answers)."""
+    group: int = 8
+    """Pictures or clips of one prompt, which are compared with each other."""
+    rollout_steps: int = 15
+    """Denoising steps of what is made."""
+    guidance: float | None = None
+    """Of what is made, and of the policy that learns. Default: the checkpoint's."""
+    window: int = 3
+    """grpo: steps that are stochastic and learnt from; nft: times at which each picture is learnt from."""
+    window_within: float = 0.5
+    """grpo: the window lies anywhere in this first share of the steps, drawn anew each time."""
+    noise: float = 0.7
+    """grpo: a of the noise level a · √(t / (1 − t)) in the window."""
+    ratio_range: float = 1e-5
+    """grpo and words: how far the ratio of densities may leave 1 before it is clipped."""
+    kl: float = 0.0
+    """Weight of the divergence from the weights that the run began with; 0: none is computed."""
+    strength: float = 1.0
+    """nft: how far the two implied policies lie from the one that drew (β)."""
+    max_words: int = 64
+    """words: tokens of an answer, at most."""
+    temperature: float = 1.0
+    """words: of what is drawn."""
+    updates: int = 1
+    """Of the weights, from each rollout."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("rollout_steps", "window", "max_words", "updates"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.group < 2:
+            raise InputError(f"group must be at least 2, or there is nothing to compare, not {self.group}")
+        if self.algorithm not in ALGORITHMS:
+            raise InputError(f"algorithm must be one of {', '.join(ALGORITHMS)}, not {self.algorithm!r}")
+        for name in ("noise", "ratio_range", "strength", "temperature"):
+            if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
+                raise InputError(f"{name} must be above 0, not {getattr(self, name)}")
+        if not (math.isfinite(self.kl) and self.kl >= 0):
+            raise InputError(f"kl must be 0 or more, not {self.kl}")
+        if not 0 < self.window_within <= 1:
+            raise InputError(f"window_within must lie in (0, 1], not {self.window_within}")
+        if self.context != 1:
+            raise InputError(f"context must be 1 in reinforcement learning, not {self.context}")
+        if self.lora_dropout:
+            raise InputError("lora_dropout must be 0: dropout would change the densities between two looks")
+        self._check_algorithm()
+
+    def _check_algorithm(self) -> None:
+        if self.algorithm == "nft":
+            if self.guidance != 1:
+                raise InputError("nft learns without guidance: set guidance to 1")
+        elif self.algorithm == "words":
+            if "und" not in self.trains:
+                raise InputError("words are the und expert's: have it in trains")
+        elif self.window > self.window_steps:
+            raise InputError(
+                f"a window of {self.window} steps does not fit into the first {self.window_steps} of "
+                f"{self.rollout_steps} (window_within {self.window_within})"
+            )
+
+    @property
+    def window_steps(self) -> int:
+        """The first steps, where the window may lie; never the last, which leads to the picture itself."""
+        return min(math.ceil(self.window_within * self.rollout_steps), self.rollout_steps - 1)
 
 
 PRESETS = {"lance_3b": lance_3b, "nano": nano}

@@ -186,7 +186,8 @@ def _verdict(plan: Plan) -> list[str]:
     option, layout, speed = plan.chosen, plan.chosen.layout, plan.speed
     copies = f", {layout.replicas} copies of {layout.shards} devices" if layout.replicas > 1 else ""
     split = f", each sample over {layout.context} devices" if layout.context > 1 else ""
-    note = ["note: `openlance train` keeps each sample on one device; leave longer ones out with --longest"]
+    whole = option.tokens * layout.context
+    note = [f"train with --context {layout.context} --tokens {whole}: a pack is of the whole group"]
     days = "   ".join(f"{stage} {_days(value)}" for stage, value in speed.days.items())
     return [
         f"chosen: {option.name}{copies}{split}, {'with' if layout.recompute else 'without'} activation "

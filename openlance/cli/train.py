@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from openlance.cli.options import Maybe, option
-from openlance.config import TrainConfig, to_dict
+from openlance.cli.train_rl import RLOptions, rl_command
+from openlance.config import RLConfig, TrainConfig, to_dict
 from openlance.errors import InputError
 from openlance.train import presets
 
@@ -81,7 +83,10 @@ class Values(TrainConfig):
 def train_command(name: str) -> Callable[..., None]:
     """`openlance train` with the values of a preset as its defaults. Raises InputError for an unknown
     preset."""
-    defaults, folder = Values(**vars(presets.preset(name))), Path("runs") / name
+    chosen = presets.preset(name)
+    if isinstance(chosen, RLConfig):
+        return rl_command(name)
+    defaults, folder = Values(**vars(chosen)), Path("runs") / name
 
     def train(
         *,
@@ -93,8 +98,9 @@ def train_command(name: str) -> Callable[..., None]:
         """Train a model, or go on training one: on a laptop, or on many machines through torchrun.
 
         Presets: pt, ct and sft are the stages of the paper; lora adapts the generation expert on one GPU;
-        nano-pt, nano-ct and nano-sft make the bundled model on CPU. Every value can be changed. Ctrl-C and
-        SIGTERM save the run and end it; --resume goes on, also with another number of processes.
+        nano-pt, nano-ct and nano-sft make the bundled model on CPU; rl and nano-rl learn from rewards, with a
+        help of their own. Every value can be changed. Ctrl-C and SIGTERM save the run and end it; --resume
+        goes on, also with another number of processes.
 
         For example:
           openlance train --preset nano-pt
@@ -107,7 +113,7 @@ def train_command(name: str) -> Callable[..., None]:
 
 
 @dataclass(frozen=True, eq=False)
-class _Job:
+class Job:
     """What a run needs beside its settings."""
 
     model: Lance
@@ -122,8 +128,8 @@ def _run(preset: str, run_dir: Path, config: TrainConfig, options: RunOptions) -
     import torch
 
     from openlance.data.save import check_folder
-    from openlance.train.loop import Stopped, train
-    from openlance.train.parallel import join, leave
+    from openlance.train.loop import train
+    from openlance.train.parallel import join
     from openlance.train.report import NoTracker, make_tracker
 
     nano = preset.startswith(NANO) and not options.data
@@ -133,8 +139,8 @@ def _run(preset: str, run_dir: Path, config: TrainConfig, options: RunOptions) -
         raise InputError('nothing to begin from: give --init, a checkpoint or "qwen:" and a Qwen2.5-VL')
     check_folder(run_dir / "log.jsonl")
     torch.set_num_threads(options.threads)
-    ranks = join(options.device)
-    try:
+    ranks = join(options.device, config.context)
+    with stopping(run_dir, ranks):
         job = _nano_job(config, options, ranks) if nano else _job(config, options, ranks)
         if config.lora_rank:
             from openlance.model.adapters import add_lora
@@ -148,7 +154,17 @@ def _run(preset: str, run_dir: Path, config: TrainConfig, options: RunOptions) -
             validation=_validation(job, prompts),
         )  # fmt: skip
         if ranks.main:
-            print(_save(run_dir, job, config, weights))
+            print(save(run_dir, job, config, weights))
+
+
+@contextmanager
+def stopping(run_dir: Path, ranks: Ranks) -> Iterator[None]:
+    """Inside, a run that was asked to stop says so and ends, with the group of its processes."""
+    from openlance.train.loop import Stopped
+    from openlance.train.parallel import leave
+
+    try:
+        yield
     except Stopped as stopped:
         if ranks.main:
             print(f"{stopped} in {run_dir}; --resume goes on")
@@ -158,7 +174,7 @@ def _run(preset: str, run_dir: Path, config: TrainConfig, options: RunOptions) -
         leave()
 
 
-def _nano_job(config: TrainConfig, options: RunOptions, ranks: Ranks) -> _Job:
+def _nano_job(config: TrainConfig, options: RunOptions, ranks: Ranks) -> Job:
     """The bundled model on the world of shapes."""
     from openlance.train.nano import make_parts
 
@@ -171,16 +187,16 @@ def _nano_job(config: TrainConfig, options: RunOptions, ranks: Ranks) -> _Job:
 
         model = load_model(find_release(options.init, options.variant), parts.config)
     held_out: Mapping[str, Any] = parts.held_out(config) if config.validate_every else {}
-    return _Job(model, parts.config, parts.tokenizer, parts.vae, parts.feed(config, ranks), held_out)
+    return Job(model, parts.config, parts.tokenizer, parts.vae, parts.feed(config, ranks), held_out)
 
 
-def _job(config: TrainConfig, options: RunOptions, ranks: Ranks) -> _Job:
+def _job(config: TrainConfig, options: RunOptions, ranks: Ranks) -> Job:
     """A checkpoint, on the user's data."""
     from openlance.data.feed import Feed
     from openlance.data.lanes import Plan
     from openlance.data.mixture import Schedule, growing, mixture_of
 
-    model, model_config, tokenizer, vae = _begin(options, ranks)
+    model, model_config, tokenizer, vae = begin(options, ranks)
     plan = Plan(
         _datasets(options.data),
         mixture_of(config.stage, config.steps),
@@ -192,7 +208,7 @@ def _job(config: TrainConfig, options: RunOptions, ranks: Ranks) -> _Job:
         sizes=growing(model_config.sizes, config.steps) if options.grow else None,
         seed=config.seed,
     )
-    feed = Feed(plan, rank=ranks.rank, world=ranks.size, workers=options.workers, vae=vae)
+    feed = Feed(plan, rank=ranks.data_rank, world=ranks.data_size, workers=options.workers, vae=vae)
     held_out: dict[str, list[Any]] = {}
     for data in _datasets(options.held_out):
         for task in data.tasks:
@@ -200,7 +216,7 @@ def _job(config: TrainConfig, options: RunOptions, ranks: Ranks) -> _Job:
             even = replace(plan, datasets=(alone,), mixture=Schedule.constant(_everything()), lanes=1, seed=0)
             packs = Feed(even, vae=vae)
             held_out[f"{data.name}/{task}"] = [pack for n in range(HELD_OUT_PACKS) for pack in packs.packs(n)]
-    return _Job(model, model_config, tokenizer, vae, feed, held_out)
+    return Job(model, model_config, tokenizer, vae, feed, held_out)
 
 
 def _everything() -> Any:
@@ -210,7 +226,7 @@ def _everything() -> Any:
     return Mixture(chat=1, images=(1, 1, 1), videos=(1, 1, 1, 1))
 
 
-def _begin(options: RunOptions, ranks: Ranks) -> tuple[Lance, ModelConfig, Tokenizer, VAE | None]:
+def begin(options: RunOptions | RLOptions, ranks: Ranks) -> tuple[Lance, ModelConfig, Tokenizer, VAE | None]:
     """Weights to begin from in float32, frozen parts included."""
     from openlance.model.checkpoint import find_release, load_model, load_vae, read_config
     from openlance.tokenizer import Tokenizer
@@ -265,7 +281,7 @@ def _task_of(address: str, source: Any) -> Task:
         raise InputError(f"{bad}: say the task, --data t2i={address}") from bad
 
 
-def _validation(job: _Job, prompts: tuple[str, ...]) -> Validation:
+def _validation(job: Job, prompts: tuple[str, ...]) -> Validation:
     """Held-out losses, and the prompts drawn as one sheet."""
     from openlance.train.loop import Validation
 
@@ -280,7 +296,7 @@ def _validation(job: _Job, prompts: tuple[str, ...]) -> Validation:
     return Validation(job.held_out, sample if prompts and job.vae is not None else None)
 
 
-def _save(run_dir: Path, job: _Job, config: TrainConfig, weights: Mapping[str, Any]) -> Path:
+def save(run_dir: Path, job: Job, config: TrainConfig, weights: Mapping[str, Any]) -> Path:
     """The averaged weights in the released layout, or the adapter alone; gives the folder."""
     import torch
 

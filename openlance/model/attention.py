@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from openlance.model.context_parallel import Share
 from openlance.sequence.mask import Visibility, visible
 
 
@@ -63,7 +64,16 @@ class Streams:
     back: Tensor
 
 
-Pattern = Full | CausalTail | Rows | Flex | Streams
+@dataclass(frozen=True, eq=False)
+class Shared:
+    """The tokens lie on several processes (context parallelism): who sees whom among all of them, and which
+    of them are here."""
+
+    whole: Rows | Flex
+    share: Share
+
+
+Pattern = Full | CausalTail | Rows | Flex | Streams | Shared
 
 
 def flex_pattern(visibility: Visibility) -> Flex:
@@ -85,6 +95,9 @@ def flex_pattern(visibility: Visibility) -> Flex:
 
 def attention(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> Tensor:
     """Grouped-query attention: q [N, heads, d]; k, v [M, kv_heads, d] → [N, heads, d]."""
+    if isinstance(pattern, Shared):
+        q, k, v = pattern.share.to_heads(q, k, v)
+        return pattern.share.to_tokens(attention(q, k, v, pattern.whole))
     if isinstance(pattern, Rows):
         return _padded_rows(q, k, v, pattern)
     if isinstance(pattern, Streams):

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from openlance.config import ModelConfig
-from openlance.model.attention import Pattern, Rows
+from openlance.model.attention import Pattern, Rows, Shared
 from openlance.model.cache import KVCache, Workspace
+from openlance.model.context_parallel import Share
 from openlance.model.embed import TimeEmbed, place_features
 from openlance.model.experts import EXPERTS, DualLayer
 from openlance.model.rope import rotary_table
@@ -95,7 +96,8 @@ class Lance(nn.Module):
     ) -> Output:
         """Run the tokens of a batch, after the context in `cache` if there is one.
 
-        pattern: who sees whom; default the batch's dense rows. A denoising loop gives `prepared` once
+        pattern: who sees whom; default the batch's dense rows. Where it is `Shared`, the layers run on this
+        process's share of the tokens, and what comes out is of all. A denoising loop gives `prepared` once
         computed, and each step's latents [g, C] and times [g] instead of the batch's.
         """
         if pattern is None:
@@ -103,14 +105,18 @@ class Lance(nn.Module):
             pattern = Rows(batch.rows, batch.masks)
         if prepared is None:
             prepared = self.prepare(batch)
-        halves = {"und": prepared.und}
+        share = pattern.share if isinstance(pattern, Shared) else Share(batch.tokens)
+        halves = {"und": share.own(prepared.und)}
         latents = batch.latents if latents is None else latents
         if len(latents):
             times = batch.times if times is None else times
-            halves["gen"] = self.latent_in(latents) + self.time_embed(times) + prepared.places
+            own, own_times, places = (share.own(x, batch.und) for x in (latents, times, prepared.places))
+            halves["gen"] = self.latent_in(own) + self.time_embed(own_times) + places
+        cos, sin = (share.own(x) for x in prepared.table)
         for number, layer in enumerate(self.layers):
-            halves = layer(halves, prepared.table, pattern, cache, number)
-        hidden = self.norm["und"](halves["und"])
+            halves = layer(halves, (cos, sin), pattern, cache, number)
+        hidden = share.whole(self.norm["und"](halves["und"]), 0, batch.und)
         if "gen" not in halves:
             return Output(hidden, latents)
-        return Output(hidden, self.latent_out(self.norm["gen"](halves["gen"])))
+        velocity = self.latent_out(self.norm["gen"](halves["gen"]))
+        return Output(hidden, share.whole(velocity, batch.und, batch.tokens))

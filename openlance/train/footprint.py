@@ -120,6 +120,7 @@ def memory(job: Job, layout: Layout) -> Memory:
     if job.lora_rank:
         held += learning  # adapters are no part of a part
     tokens = layout.tokens(job)
+    whole = tokens * layout.context  # heads and vision tower run on the whole group's tokens
     return Memory(
         weights=_share(MASTER * held, layout),
         gradients=_share(MASTER * learning, layout),
@@ -127,9 +128,11 @@ def memory(job: Job, layout: Layout) -> Memory:
         ema=_share(MASTER * learning, layout) if job.ema else 0,
         gathered=_gathered(job),
         activations=_of_step(job, layout, tokens),
-        logits=LOGIT * job.config.backbone.vocab * min(job.answers, tokens),
+        logits=LOGIT * job.config.backbone.vocab * min(job.answers * layout.context, whole),
         encoder=COMPUTE * job.on_device.get("vae", 0),
-        encoding=0 if job.encoded else max(vae_encode_bytes(job.config), vision_bytes(job, tokens)),
+        encoding=0
+        if job.encoded
+        else max(vae_encode_bytes(job.config), vision_bytes(job, tokens * layout.context)),
     )
 
 

@@ -18,20 +18,20 @@ from torch.distributed.checkpoint.state_dict import (
     get_optimizer_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from openlance.config import ModelConfig, TrainConfig, to_dict
+from openlance.config import TrainConfig, to_dict
 from openlance.errors import InputError
-from openlance.flow.path import draw_times
-from openlance.model.attention import Pattern, flex_pattern
 from openlance.model.lance import Lance
 from openlance.model.names import part_of
-from openlance.sequence.pack import PackedBatch, pack
-from openlance.sequence.segment import Kind, Role, Sample, Segment, without
+from openlance.sequence.pack import PackedBatch
+from openlance.sequence.segment import Sample
 from openlance.train.checkpoint import Checkpoints
+from openlance.train.draw import draw_batch, generator_of
 from openlance.train.flops import device_peak_flops, flops_per_step, work_of
 from openlance.train.losses import Counts, Losses, Objective
-from openlance.train.parallel import Ranks, spread, trained_parameters, whole_state
+from openlance.train.parallel import Ranks, pattern_of, spread, trained_parameters, whole_state
 from openlance.train.report import NoTracker, Report, Tracker
 from openlance.train.update import Average, learning_rate, make_optimizer
 
@@ -39,7 +39,6 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 CONFIG = "config.json"
-CONDITIONS = (Role.USER, Role.SOURCE, Role.REFERENCE)
 
 
 class Pack(Protocol):
@@ -130,6 +129,21 @@ class Run:
         self.step = state["step"]
         self.feed.restore(state["lanes"])
 
+    @contextmanager
+    def holding(self, average: Average) -> Iterator[None]:
+        """Inside, the network has the weights of an average.
+
+        What was gathered of other weights is let go: FSDP keeps the root's until the next backward pass.
+        """
+        self._let_go()
+        with average.applied():
+            yield
+            self._let_go()
+
+    def _let_go(self) -> None:
+        if isinstance(self.objective, FSDPModule):
+            self.objective.reshard()
+
     def _tensors(self) -> dict[str, Any]:
         return {
             "model": {name: parameter.detach() for name, parameter in self.trained.items()},
@@ -167,7 +181,22 @@ def train(
         raise InputError(f"{run_dir}: holds a run already; --resume goes on from it")
     freeze(model, config)
     run = Run(config, spread(model, config, ranks, vocabulary), feed, ranks, checkpoints)
+    return drive(run, _update, lambda report: validate(run, validation, report), tracker)
+
+
+def drive(
+    run: Run,
+    update: Callable[[Run, Report, list[int]], int],
+    measure: Callable[[Report], float | None],
+    tracker: Tracker | None = None,
+) -> Mapping[str, Tensor]:
+    """Run a stage to its last step, from its last state where there is one; gives what `train` gives.
+
+    update: one step; it is given the numbers of the signals that came, and gives that of the one to obey, 0
+    for none. measure: called at intervals; gives a score, lower is better.
+    """
     run.resume()
+    config, ranks, checkpoints, run_dir = run.config, run.ranks, run.checkpoints, run.checkpoints.folder
     if ranks.main:
         run_dir.mkdir(parents=True, exist_ok=True)
         (run_dir / CONFIG).write_text(json.dumps(to_dict(config), indent=1))
@@ -175,11 +204,11 @@ def train(
     try:
         with _asked_to_stop() as asked:
             while run.step < config.steps:
-                stop = _update(run, report, asked)
+                stop = update(run, report, asked)
                 last = run.step == config.steps
                 score = None
                 if last or (config.validate_every and run.step % config.validate_every == 0):
-                    score = validate(run, validation, report)
+                    score = measure(report)
                 if last or stop or score is not None or run.step % config.save_every == 0:
                     run.save(score)
                 if stop and not last:
@@ -190,7 +219,7 @@ def train(
         checkpoints.finish()
     finally:
         report.close()
-    with run.average.applied():
+    with run.holding(run.average):
         return whole_state(run.objective, ranks)
 
 
@@ -213,9 +242,13 @@ def _update(run: Run, report: Report, asked: list[int]) -> int:
     work = work_of(sample for given in packs for sample in given.samples)
     own_flops = flops_per_step(run.model_config, work, trains=() if config.lora_rank else config.trains)
     signals = [float(number in asked) for number in (signal.SIGTERM, signal.SIGINT)]
-    answers, denoised, tokens, padded, flops, terminate, interrupt = ranks.total(
-        [own.answers, own.denoised, own_tokens, places, own_flops, *signals]
+    answers, denoised, tokens, padded, flops, shared, terminate, interrupt = ranks.total(
+        [*ranks.once([own.answers, own.denoised, own_tokens, places, own_flops]), own_tokens, *signals]
     )
+    if shared != tokens * ranks.context:  # they would wait for each other without end
+        raise InputError(
+            f"step {step}: processes that share packs read different rows; is the data the same?"
+        )
     counts = Counts(answers, denoised)
     torch.manual_seed(hash((config.seed, step, ranks.rank)) % 2**63)  # dropout of adapters
     ce, mse, norm = _gradients(run, packs, drawn, counts)
@@ -243,17 +276,18 @@ def _gradients(
     sums = [0.0, 0.0]
     run.optimizer.zero_grad(set_to_none=True)
     for given, (batch, noise) in zip(packs, drawn, strict=True):
-        found = run.objective(batch, noise, counts, _pattern(batch))
-        (found.total * ranks.size).backward()  # gradients are averaged over the processes
+        found = run.objective(batch, noise, counts, pattern_of(batch, ranks))
+        # Gradients are averaged over all processes; those that share a pack each have its whole loss.
+        (found.total * ranks.data_size).backward()
         own = [float(found.ce.detach().sum()), float(found.mse.detach().sum())]
-        if not all(map(math.isfinite, own)):
+        if ranks.leads and not all(map(math.isfinite, own)):
             _keep_evidence(run, given, batch, noise)
         sums = [total + value for total, value in zip(sums, own, strict=True)]
     norm = float(_whole(torch.nn.utils.clip_grad_norm_(list(run.trained.values()), run.config.clip)))
-    ce, mse = ranks.total(sums)
+    ce, mse = ranks.total(ranks.once(sums))
     if not all(map(math.isfinite, (ce, mse, norm))):
         named = ranks.gather([given.ids for given in packs])
-        ids = [name for rank in named for names in rank for name in names]
+        ids = [name for rank in named[:: ranks.context] for names in rank for name in names]
         raise NonFiniteLoss(
             f"the loss at step {step} is not a number (ce {ce}, mse {mse}, gradient norm {norm}); the "
             f"weights are as before it. What caused it is kept in {run.checkpoints.folder}/"
@@ -275,75 +309,23 @@ def _whole(tensor: Tensor) -> Tensor:
 
 
 def _draw(run: Run, given: Pack) -> tuple[PackedBatch, Tensor]:
-    generator = _generator(run.config, run.step, given.lane)
+    generator = generator_of(run.config, run.step, given.lane)
     return draw_batch(given.samples, run.model_config, run.config, generator, run.ranks.device)
-
-
-def _pattern(batch: PackedBatch) -> Pattern | None:
-    """FlexAttention on CUDA; elsewhere the batch's own dense rows."""
-    return None if batch.rows else flex_pattern(batch.visibility)
-
-
-def _generator(config: TrainConfig, step: int, lane: int) -> torch.Generator:
-    """Of a pack: the same on any number of processes."""
-    return torch.Generator().manual_seed((config.seed * 1_000_003 + step) * 1_009 + lane)
-
-
-def draw_batch(
-    samples: Sequence[Sample],
-    model: ModelConfig,
-    config: TrainConfig,
-    generator: torch.Generator,
-    device: torch.device | str = "cpu",
-) -> tuple[PackedBatch, Tensor]:
-    """Condition dropout, a time for each sample, and noise [g, channels] for its latents."""
-    dropped = [_drop(sample, config, generator) for sample in samples]
-    times = draw_times(len(samples), config.time_shift, generator).tolist()
-    filler = _filler(dropped, model, config)
-    dense = torch.device(device).type != "cuda"
-    batch = pack([*dropped, *filler], model, times=[*times, *[0.0] * len(filler)], dense=dense)
-    noise = torch.randn(batch.latents.shape, generator=generator)
-    return batch.to(device), noise.to(device)
-
-
-def _drop(sample: Sample, config: TrainConfig, generator: torch.Generator) -> Sample:
-    """Words lose nothing; a sample that generates loses its conditions now and then, for guidance."""
-    if any(segment.role is Role.ANSWER for segment in sample):
-        return sample
-    chance = float(torch.rand((), generator=generator))
-    if chance < config.drop_all:
-        return without(sample, *CONDITIONS)
-    return without(sample, Role.USER) if chance < config.drop_all + config.drop_text else sample
-
-
-def _filler(samples: Sequence[Sample], model: ModelConfig, config: TrainConfig) -> list[Sample]:
-    """A sample of one token for each part that learns and that no sample uses: it carries no loss (see
-    Objective)."""
-    kinds = {segment.kind for sample in samples for segment in sample}
-    filler: Sample = []
-    if "vision" in config.trains and Kind.VIT not in kinds:
-        width = 3 * model.vision.temporal_patch * model.vision.patch**2
-        patches = torch.zeros(model.vision.merge**2, width)
-        filler.append(Segment(Kind.VIT, Role.SOURCE, grid=(1, 1, 1), patches=patches))
-    if not kinds & {Kind.CLEAN, Kind.NOISY}:
-        filler.append(
-            Segment(Kind.CLEAN, Role.SOURCE, grid=(1, 1, 1), latents=torch.zeros(1, 1, 1, model.vae.channels))
-        )
-    return [filler] if filler else []
 
 
 @torch.no_grad()
 def validate(run: Run, validation: Validation, report: Report) -> float | None:
     """Mean losses of each task, and their weighted sum, on the averaged weights; pictures to the tracker."""
     means: dict[str, float] = {}
-    with run.average.applied():
+    with run.holding(run.average):
         for task, packs in validation.held_out.items():
             ce, mse, counts = 0.0, 0.0, [0.0, 0.0]
             for number, held in enumerate(packs):
-                generator = _generator(run.config, 0, number)
+                generator = generator_of(run.config, 0, number)
                 whole = replace(run.config, drop_text=0.0, drop_all=0.0)
                 batch, noise = draw_batch(held.samples, run.model_config, whole, generator, run.ranks.device)
-                found: Losses = run.objective(batch, noise, Counts(1, 1), _pattern(batch))
+                pattern = pattern_of(batch, run.ranks)
+                found: Losses = run.objective(batch, noise, Counts(1, 1), pattern)
                 ce, mse = ce + float(found.ce.sum()), mse + float(found.mse.sum())
                 counts = [counts[0] + len(found.ce), counts[1] + len(found.mse)]
             for name, total, count in (("ce", ce, counts[0]), ("mse", mse, counts[1])):

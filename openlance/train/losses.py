@@ -96,3 +96,14 @@ class Objective(nn.Module):
         out = found.output
         unused = out.hidden.sum() + out.velocity.sum() + self.model.head(out.hidden[:1]).sum()
         return Losses(found.total + 0 * unused.float(), found.ce, found.mse, out)
+
+    def velocity(self, batch: PackedBatch, latents: Tensor, times: Tensor, pattern: Pattern) -> Tensor:
+        """Velocities [g, C] float32 of all latent tokens, from their latents [g, C] and times [g]: for what
+        learns otherwise than by `losses`."""
+        out = self.model(batch, pattern=pattern, latents=latents.to(self.model.dtype), times=times)
+        return out.velocity.float() + 0 * (out.hidden.sum() + self.model.head(out.hidden[:1]).sum()).float()
+
+    def logits(self, batch: PackedBatch, pattern: Pattern) -> Tensor:
+        """Logits [answers, vocabulary] float32 of the batch's answers, for the same purpose."""
+        out = self.model(batch, pattern=pattern)
+        return self.model.head(out.hidden[batch.answer_index]).float() + 0 * out.velocity.sum().float()

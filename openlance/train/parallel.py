@@ -19,17 +19,43 @@ from torch.utils.checkpoint import checkpoint
 
 from openlance.config import TrainConfig
 from openlance.errors import InputError
+from openlance.model.attention import Pattern, Rows, Shared, flex_pattern
+from openlance.model.context_parallel import Share
 from openlance.model.lance import Lance
+from openlance.sequence.pack import PackedBatch
 from openlance.train.losses import Objective
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among those of the run. device: its own."""
+    """This process among those of the run. device: its own.
+
+    group: the processes that share each pack with it (context parallelism); None where it has its packs
+    alone. Those of a group follow each other; `data_rank` of `data_size` is which packs the group has.
+    """
 
     rank: int = 0
     size: int = 1
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    group: dist.ProcessGroup | None = None
+
+    @property
+    def context(self) -> int:
+        """How many processes share each pack."""
+        return 1 if self.group is None else self.group.size()
+
+    @property
+    def leads(self) -> bool:
+        """Whether this is the first of the processes that share a pack."""
+        return self.rank % self.context == 0
+
+    @property
+    def data_rank(self) -> int:
+        return self.rank // self.context
+
+    @property
+    def data_size(self) -> int:
+        return self.size // self.context
 
     @property
     def main(self) -> bool:
@@ -44,6 +70,10 @@ class Ranks:
         dist.all_reduce(numbers)
         return numbers.tolist()
 
+    def once(self, values: Sequence[float]) -> list[float]:
+        """What this process adds to a total over packs: of those that share a pack, the first has it."""
+        return list(values) if self.leads else [0.0] * len(values)
+
     def gather(self, value: Any) -> list[Any]:
         """The value of every process, in the order of ranks, on every process."""
         if self.size == 1:
@@ -53,14 +83,17 @@ class Ranks:
         return found
 
 
-def join(device: str | None = None) -> Ranks:
+def join(device: str | None = None, context: int = 1) -> Ranks:
     """Join the run that torchrun started; a process that it did not start is a run of its own.
 
-    device: "cpu" or "cuda"; default CUDA where there is one. Raises InputError for CUDA that is not there.
+    device: "cpu" or "cuda"; default CUDA where there is one. context: processes that share each pack. Raises
+    InputError for CUDA that is not there, and for processes that do not fill groups of `context`.
     """
     wanted = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if wanted == "cuda" and not torch.cuda.is_available():
         raise InputError("no CUDA device: use --device cpu")
+    if (size := int(os.environ.get("WORLD_SIZE", 1))) % context:
+        raise InputError(f"packs cannot be shared by {context} processes each: {size} is no multiple")
     own = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if wanted == "cuda" else "cpu")
     if own.type == "cuda":
         torch.cuda.set_device(own)
@@ -68,7 +101,8 @@ def join(device: str | None = None) -> Ranks:
         return Ranks(device=own)
     if not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if own.type == "cuda" else "gloo")
-    return Ranks(dist.get_rank(), dist.get_world_size(), own)
+    group = dist.new_subgroups(context)[0] if context > 1 else None
+    return Ranks(dist.get_rank(), dist.get_world_size(), own, group)
 
 
 def leave() -> None:
@@ -82,10 +116,15 @@ def spread(model: Lance, config: TrainConfig, ranks: Ranks, vocabulary: int | No
 
     Sharding is FSDP2's (`torch.distributed.fsdp.fully_shard`): each process holds its share of every float32
     parameter, and gathers a layer at a time in the dtype of the computation. One process in float32 needs
-    none of it.
+    none of it. Raises InputError for lanes, replicas and heads that the processes cannot share evenly.
     """
-    if config.lanes % ranks.size:
-        raise InputError(f"{config.lanes} lanes cannot be shared evenly by {ranks.size} processes")
+    if config.context != ranks.context:
+        raise InputError(f"context is {config.context}: join the run with join(context={config.context})")
+    if config.lanes % ranks.data_size:
+        groups = f" in groups of {ranks.context}" if ranks.context > 1 else ""
+        raise InputError(f"{config.lanes} lanes cannot be shared evenly by {ranks.size} processes{groups}")
+    if (heads := model.config.backbone.heads) % ranks.context:
+        raise InputError(f"context {ranks.context}: the {heads} heads of attention cannot be shared evenly")
     if ranks.size % config.replicas:
         raise InputError(f"{ranks.size} processes cannot hold {config.replicas} replicas of equal size")
     model.to(ranks.device)
@@ -110,6 +149,12 @@ def spread(model: Lance, config: TrainConfig, ranks: Ranks, vocabulary: int | No
     for part in (*model.layers, objective):
         fully_shard(part, mesh=mesh, mp_policy=policy)
     return objective
+
+
+def pattern_of(batch: PackedBatch, ranks: Ranks) -> Pattern:
+    """Who sees whom in a batch: FlexAttention, or its dense rows where it has them; shared in a group."""
+    pattern = Rows(batch.rows, batch.masks) if batch.rows else flex_pattern(batch.visibility)
+    return pattern if ranks.group is None else Shared(pattern, Share(batch.tokens, ranks.group))
 
 
 def whole_state(objective: Objective, ranks: Ranks) -> Mapping[str, Tensor]:

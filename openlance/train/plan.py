@@ -240,7 +240,8 @@ def _smaller_budgets(job: Job, machine: Machine) -> Iterator[str]:
         if budget is None:
             return
         if budget * context >= job.longest:
-            yield f"--tokens {budget}" + (f", samples split over {context} devices" if context > 1 else "")
+            split = f", with `openlance train --context {context}`: samples split over {context} devices"
+            yield f"--tokens {budget}" + (split if context > 1 else "")
             return
         if context == 1:
             yield f"--tokens {budget} --longest {budget}, longer samples left out"

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-from openlance.config import TrainConfig
+from openlance.config import RLConfig, TrainConfig
 from openlance.errors import InputError
 
 
@@ -60,15 +60,34 @@ def nano_pre_training() -> TrainConfig:
 def nano_continual_training() -> TrainConfig:
     """All tasks."""
     return replace(
-        nano_pre_training(), steps=1_500, stage="continual training", warmup=50, drop_text=0.05, drop_all=0.05
+        nano_pre_training(), steps=600, stage="continual training", warmup=50, drop_text=0.05, drop_all=0.05
     )
 
 
 def nano_fine_tuning() -> TrainConfig:
     """All tasks, with a falling rate."""
     return replace(
-        nano_continual_training(), steps=1_500, stage="fine-tuning", schedule="cosine", learning_rate=1e-3
+        nano_continual_training(), steps=1_000, stage="fine-tuning", schedule="cosine", learning_rate=1e-3
     )
+
+
+def reinforcement() -> RLConfig:
+    """GRPO of the generation expert, with the paper's rate, length and time shift; the setting of group and
+    window is the one of FlowGRPO on BAGEL."""
+    return RLConfig(
+        steps=800, lanes=8, tokens=80_000, learning_rate=2e-6, warmup=50, time_shift=4.0, trains=("gen",),
+        group=16, rollout_steps=15, window=3, noise=1.3, ratio_range=1e-5, ema=0.99,
+        precision="bfloat16", checkpointing=True, save_every=50, validate_every=50,
+    )  # fmt: skip
+
+
+def nano_reinforcement() -> RLConfig:
+    """The bundled model, rewarded by the judge of its world."""
+    return replace(
+        reinforcement(),
+        steps=200, lanes=4, tokens=4_096, learning_rate=2e-5, warmup=10, time_shift=3.0, group=8,
+        rollout_steps=10, ema=0.9, precision="float32", checkpointing=False, save_every=10, validate_every=20,
+    )  # fmt: skip
 
 
 PRESETS: dict[str, Callable[[], TrainConfig]] = {
@@ -76,9 +95,11 @@ PRESETS: dict[str, Callable[[], TrainConfig]] = {
     "ct": continual_training,
     "sft": supervised_fine_tuning,
     "lora": fine_tuning_lora,
+    "rl": reinforcement,
     "nano-pt": nano_pre_training,
     "nano-ct": nano_continual_training,
     "nano-sft": nano_fine_tuning,
+    "nano-rl": nano_reinforcement,
 }
 
 

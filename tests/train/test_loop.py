@@ -17,7 +17,8 @@ from openlance.errors import InputError
 from openlance.model.lance import Lance
 from openlance.sequence.pack import pack
 from openlance.sequence.segment import Role, Sample
-from openlance.train.loop import NonFiniteLoss, Validation, draw_batch, freeze, train
+from openlance.train.draw import draw_batch
+from openlance.train.loop import NonFiniteLoss, Validation, freeze, train
 from openlance.train.losses import losses
 from openlance.train.update import learning_rate
 

@@ -55,7 +55,7 @@ class TinyFeed:
     served: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.places = {lane: lane for lane in range(self.ranks.rank, self.lanes, self.ranks.size)}
+        self.places = {lane: lane for lane in range(self.ranks.data_rank, self.lanes, self.ranks.data_size)}
 
     def packs(self, step: int) -> Iterator[TinyPack]:
         self.served.append(step)
@@ -92,7 +92,7 @@ def main() -> int:
     if "trains" in settings:
         settings["trains"] = tuple(settings["trains"])
     config = TrainConfig(**settings)
-    ranks = join("cpu")
+    ranks = join("cpu", config.context)
     feed = TinyFeed(config.lanes, ranks, **extra)
     try:
         weights = train(build_network(3), feed, config, args.run_dir, ranks=ranks, resume=args.resume)
