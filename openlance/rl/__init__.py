@@ -1,0 +1,1 @@
+"""Reinforcement learning: rollouts of groups, rewards, and what an update makes of them."""
