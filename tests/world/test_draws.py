@@ -43,7 +43,7 @@ def test_scenes_words_questions_and_edits_are_the_same_as_ever(config, held_out,
 
 @pytest.mark.parametrize(
     ("kind", "digest"),
-    zip(KINDS, ("1888dd4ad349020e", "1067f4efdf147986", "1d35014147323089", "55e59b183c802b1b"), strict=True),
+    list(zip(KINDS, ("1888dd4ad349020e", "1067f4efdf147986", "1d35014147323089", "55e59b183c802b1b"), strict=True)),
 )
 def test_encoded_items_are_the_same_as_ever(kind, digest):
     """By pixels, since an item's latents are stored and its words are drawn again."""
