@@ -6,6 +6,7 @@ import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import timedelta
 from functools import partial
 from typing import Any, cast
 
@@ -24,6 +25,9 @@ from openlance.model.context_parallel import Share
 from openlance.model.lance import Lance
 from openlance.sequence.pack import PackedBatch
 from openlance.train.losses import Objective
+
+PATIENCE = timedelta(hours=3)
+"""How long processes on CPU wait for each other: the frozen parts of nano are made by the first one alone."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +104,8 @@ def join(device: str | None = None, context: int = 1) -> Ranks:
     if "RANK" not in os.environ:
         return Ranks(device=own)
     if not dist.is_initialized():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if own.type == "cuda" else "gloo")
+        backend, patience = ("cpu:gloo,cuda:nccl", None) if own.type == "cuda" else ("gloo", PATIENCE)
+        dist.init_process_group(backend, timeout=patience)
     group = dist.new_subgroups(context)[0] if context > 1 else None
     return Ranks(dist.get_rank(), dist.get_world_size(), own, group)
 
