@@ -220,7 +220,7 @@ def test_samples_are_split_only_where_one_is_longer_than_the_budget(sft: Job) ->
 
 def test_what_helps_fits(sft: Job) -> None:
     """Every remedy, done, is a plan that fits."""
-    small = Machine(8, 8, 32 * GIB, 989e12)
+    small = Machine(8, 8, 40 * GIB, 989e12)
     plan = make_plan(sft, small)
     assert plan.chosen is None
     assert plan.speed is None
