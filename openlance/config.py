@@ -303,7 +303,7 @@ class TrainConfig:
     precision: str = "float32"
     """Of the computation, float32 or bfloat16; weights and their updates stay float32."""
     checkpointing: bool = False
-    """Compute activations again in the backward pass: a third slower, far less memory."""
+    """Compute activations again in the backward pass: slower, in far less memory."""
     compile: bool = False
     """Layers through torch.compile."""
     replicas: int = 1
