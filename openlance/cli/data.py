@@ -102,18 +102,14 @@ def _sample(source: Shards, rows: int, seed: int, quiet: bool) -> Iterator[Recor
 def _lengths(model: str, variant: str | None) -> tuple[ModelConfig, Encode]:
     """(sizes, tokenizer) of a model; of a preset without files, a token for every four characters."""
     from openlance.config import PRESETS, preset
+    from openlance.infer.memory import four_letters
     from openlance.model.checkpoint import find_release, read_config
     from openlance.model.hub import BUNDLED
     from openlance.tokenizer import Tokenizer
 
     bundled = BUNDLED.get(model)
     if model in PRESETS and not (bundled and bundled.is_dir()):
-        return preset(model), _four_letters
+        return preset(model), four_letters
     release = find_release(model, variant, weights=False)
     tokenizer = Tokenizer.load(release.folder)
     return read_config(release, tokenizer), tokenizer.encode_with_offsets
-
-
-def _four_letters(text: str) -> tuple[list[int], list[tuple[int, int]]]:
-    cuts = [(start, min(start + 4, len(text))) for start in range(0, len(text), 4)]
-    return [0] * len(cuts), cuts

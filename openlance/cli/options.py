@@ -129,7 +129,7 @@ class OutputOptions:
 
     def seeds(self, like: Settings) -> list[int]:
         """One seed for each output."""
-        from openlance.infer.pipeline import new_seed
+        from openlance.infer.orders import new_seed
 
         if self.count < 1:
             raise InputError(f"--count must be at least 1, not {self.count}")
@@ -177,7 +177,7 @@ class TextOptions:
         self.config()
         seed = check_seed(self.seed)
         if seed is None:
-            from openlance.infer.pipeline import new_seed
+            from openlance.infer.orders import new_seed
 
             seed = new_seed()
         return given(self) | {"seed": seed}

@@ -200,12 +200,12 @@ def _sample(task: Task, config: ModelConfig, frames: int, side: int, vit_side: i
     if task.generates:
         ending = Segment(Kind.NOISY, Role.TARGET, grid=(_latent_frames(frames, config), cells, cells))
     made = compose(
-        [*parts, PROMPT], _four_letters, system=system_prompt(task, config.system_prompts), ending=ending
+        [*parts, PROMPT], four_letters, system=system_prompt(task, config.system_prompts), ending=ending
     )
     return made if ending is None else made[: made.index(ending) + 1]
 
 
-def _four_letters(text: str) -> tuple[list[int], list[tuple[int, int]]]:
+def four_letters(text: str) -> tuple[list[int], list[tuple[int, int]]]:
     """A tokenizer's place is taken by one token for four characters."""
     cuts = [(start, min(start + 4, len(text))) for start in range(0, len(text), 4)]
     return [0] * len(cuts), cuts

@@ -37,7 +37,6 @@ from openlance.infer.orders import (
     override,
     together,
 )
-from openlance.infer.orders import new_seed as new_seed
 from openlance.infer.prepare import Resolutions, Size, view
 from openlance.infer.result import Answer, Generated
 from openlance.infer.stream import TextStream

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from openlance.config import ModelConfig, Sizes
+from openlance.data.fields import select_frames
 from openlance.data.media import (
     VAE_DIVISOR,
     Frames,
@@ -17,7 +18,6 @@ from openlance.data.media import (
     as_frames,
     load_media,
     resize_to_bucket,
-    sample_frames,
     to_vae_pixels,
 )
 from openlance.data.tasks import Resolutions, View, semantic_view
@@ -32,10 +32,7 @@ Size = tuple[int, int]
 
 def load(source: Source, sizes: Sizes) -> Media:
     """Any picture or clip; of a clip only the frames that the model will see are kept."""
-
-    def select(count: int, fps: float) -> list[int]:
-        return sample_frames(count, fps, sample_fps=sizes.fps, max_duration=sizes.max_seconds)
-
+    select = select_frames(sizes)
     if isinstance(source, Video):
         return Video(source.frames[select(len(source.frames), source.fps)], sizes.fps)
     return load_media(source, select)
