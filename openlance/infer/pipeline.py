@@ -51,6 +51,9 @@ from openlance.tokenizer import Tokenizer
 Result = Generated | Answer | Cancelled
 """What an order comes to; `Cancelled` where the callback stopped it."""
 
+OnText = Callable[[int, str], bool | None]
+"""Called with the number of an order and what it says next; returning False ends the answer."""
+
 TOKENS_TOGETHER = 32_768
 """Of orders that run together: six pictures of 768 x 768 with guidance, say. The released shapes in bfloat16
 then take 4 GB beside the weights: 1.2 for keys and values, 2.9 where the activations are widest."""
@@ -116,10 +119,14 @@ class LancePipeline:
         orders: Sequence[Order],
         *,
         on_step: OnStep | None = None,
+        on_text: OnText | None = None,
         max_tokens_together: int = TOKENS_TOGETHER,
     ) -> list[Result]:
         """Run orders, made by the methods of `order`, together; results in their order. See `run_each`."""
-        found = dict(self.run_each(orders, on_step=on_step, max_tokens_together=max_tokens_together))
+        each = self.run_each(
+            orders, on_step=on_step, on_text=on_text, max_tokens_together=max_tokens_together
+        )
+        found = dict(each)
         return [found[index] for index in range(len(orders))]
 
     def run_each(
@@ -127,6 +134,7 @@ class LancePipeline:
         orders: Sequence[Order],
         *,
         on_step: OnStep | None = None,
+        on_text: OnText | None = None,
         max_tokens_together: int = TOKENS_TOGETHER,
     ) -> Iterator[tuple[int, Result]]:
         """Run orders together and yield (index, result) as they are done.
@@ -134,15 +142,17 @@ class LancePipeline:
         Each gives what it gives alone, up to the rounding of sums. Answers go together, and targets with the
         same sampling settings, as many as have `max_tokens_together` tokens: their sequences, once for each
         guidance branch; that bounds the memory. `on_step` is called for each generating order, `Step.order`
-        its index; where it returns False, that order alone stops, and its result is a `Cancelled`. Those that
-        ran together share the time equally in their `seconds`.
+        its index; where it returns False, that order alone stops, and its result is a `Cancelled`. `on_text`
+        is called for each answering order and word with its index and the text that is decided; where it returns
+        False, that answer ends there, its `finish` "cancelled". Those that ran together share the time
+        equally in their `seconds`.
         """
         for order in orders:
             if not isinstance(order, (GenerateOrder, AnswerOrder)):
                 raise InputError(f"unknown order {order!r}: make it with lance.order, as lance.order.ask(…)")
         if max_tokens_together < 1:
             raise InputError(f"max_tokens_together must be at least 1, not {max_tokens_together}")
-        return self._run(orders, on_step, max_tokens_together)
+        return self._run(orders, on_step, on_text, max_tokens_together)
 
     def generate_image(
         self, prompt: str, *, size: Size | int | None = None, **options: Unpack[Options]
@@ -280,13 +290,15 @@ class LancePipeline:
         return result
 
     def _run(
-        self, orders: Sequence[Order], on_step: OnStep | None, most: int
+        self, orders: Sequence[Order], on_step: OnStep | None, on_text: OnText | None, most: int
     ) -> Iterator[tuple[int, Result]]:
         for group in together(orders, most):
             answers = [order for index in group if isinstance(order := orders[index], AnswerOrder)]
             targets = [order for index in group if isinstance(order := orders[index], GenerateOrder)]
-            report = _renumbered(on_step, group)
-            found = self._answer(answers) if answers else self._generate(targets, report)
+            if answers:
+                found: Iterator[Result] = self._answer(answers, _renumbered_text(on_text, group))
+            else:
+                found = self._generate(targets, _renumbered(on_step, group))
             yield from zip(group, found, strict=True)
 
     def _generate(
@@ -336,21 +348,35 @@ class LancePipeline:
         """Ids that end an answer."""
         return frozenset({self.config.tokens.im_end, self.config.tokens.endoftext})
 
-    def _answer(self, orders: list[AnswerOrder]) -> Iterator[Answer]:
+    def _answer(self, orders: list[AnswerOrder], on_text: OnText | None) -> Iterator[Answer]:
         start = time.perf_counter()
         voices = [Voice(o.sample, o.text, torch.Generator().manual_seed(o.seed)) for o in orders]
         streams = {voice: TextStream((), self.tokenizer, self._ends, voice.config.stop) for voice in voices}
-        texts = dict.fromkeys(voices, "")
+        texts, number = dict.fromkeys(voices, ""), {voice: index for index, voice in enumerate(voices)}
+
+        def hear(voice: Voice, piece: str) -> None:
+            texts[voice] += piece
+            if on_text is not None and on_text(number[voice], piece) is False:
+                voice.ended, streams[voice].finish = True, "cancelled"
+
         for said in speak_together(self.model, voices, allowed=self.tokenizer.size, stop=self._ends):
             for voice in said:
-                texts[voice] += streams[voice].push(voice.spoken[-1])
-                voice.ended |= streams[voice].finish == "stop"
+                stream = streams[voice]
+                hear(voice, stream.push(voice.spoken[-1]))
+                voice.ended |= stream.finish == "stop"
+        for voice, stream in streams.items():
+            if stream.finish != "cancelled" and (rest := stream.rest()):
+                hear(voice, rest)
         seconds = (time.perf_counter() - start) / len(orders)
         for order, voice in zip(orders, voices, strict=True):
-            stream, text = streams[voice], texts[voice] + streams[voice].rest()
-            yield Answer(text, stream.tokens, stream.finish, dict(order.record), {"answer": seconds})
+            stream = streams[voice]
+            yield Answer(texts[voice], stream.tokens, stream.finish, dict(order.record), {"answer": seconds})
 
 
 def _renumbered(on_step: OnStep | None, group: list[int]) -> OnStep | None:
     """The callback for orders of a group, told their index among all."""
     return None if on_step is None else lambda step: on_step(replace(step, order=group[step.order]))
+
+
+def _renumbered_text(on_text: OnText | None, group: list[int]) -> OnText | None:
+    return None if on_text is None else lambda order, piece: on_text(group[order], piece)

@@ -270,3 +270,19 @@ def test_what_cannot_be_ordered(lance: LancePipeline) -> None:
         lance.run(["a circle"])
     with pytest.raises(InputError, match="max_tokens_together must be at least 1, not 0"):
         lance.run([], max_tokens_together=0)
+
+
+def test_words_are_told_as_they_come(lance: LancePipeline) -> None:
+    orders = [lance.order.chat([{"role": "user", "content": text}], seed=1) for text in ("a", "the red")]
+    alone = lance.run(orders)
+    heard: dict[int, list[str]] = {0: [], 1: []}
+    together = lance.run(orders, on_text=lambda order, piece: heard[order].append(piece))
+    assert ["".join(pieces) for pieces in heard.values()] == [answer.text for answer in together]
+    assert [answer.text for answer in together] == [answer.text for answer in alone]
+
+
+def test_an_answer_ends_where_its_listener_left(lance: LancePipeline) -> None:
+    orders = [lance.order.chat([{"role": "user", "content": "a"}], seed=1, max_tokens=6) for _ in range(2)]
+    left, whole = lance.run(orders, on_text=lambda order, _: order == 1)
+    assert (left.finish, left.tokens) == ("cancelled", 1)
+    assert whole.tokens > 1
