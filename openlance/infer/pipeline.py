@@ -143,9 +143,9 @@ class LancePipeline:
         same sampling settings, as many as have `max_tokens_together` tokens: their sequences, once for each
         guidance branch; that bounds the memory. `on_step` is called for each generating order, `Step.order`
         its index; where it returns False, that order alone stops, and its result is a `Cancelled`. `on_text`
-        is called for each answering order and word with its index and the text that is decided; where it returns
-        False, that answer ends there, its `finish` "cancelled". Those that ran together share the time
-        equally in their `seconds`.
+        is called for each answering order and word, with its index and the text that is decided; where it
+        returns False, that answer ends there, its `finish` "cancelled". Those that ran together share the
+        time equally in their `seconds`.
         """
         for order in orders:
             if not isinstance(order, (GenerateOrder, AnswerOrder)):
