@@ -248,6 +248,7 @@ def nano() -> ModelConfig:
 TRAINABLE = ("und", "gen", "vision")
 SCHEDULES = ("constant", "cosine", "linear")
 PRECISIONS = ("float32", "bfloat16")
+OPTIMIZERS = ("adamw", "muon")
 
 
 @dataclass(frozen=True)
@@ -277,6 +278,8 @@ class TrainConfig:
     """Of AdamW."""
     eps: float = 1e-15
     """Of AdamW."""
+    optimizer: str = "adamw"
+    """adamw, as in the paper; or muon for the matrices of the layers, with AdamW for the rest."""
     clip: float = 1.0
     """Largest norm of the gradient."""
     ema: float = 0.9999
@@ -323,7 +326,7 @@ class TrainConfig:
         for name in ("steps", "lanes", "tokens", "keep", "save_every", "replicas", "context"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1, not {getattr(self, name)}")
-        for name, known in (("schedule", SCHEDULES), ("precision", PRECISIONS)):
+        for name, known in (("schedule", SCHEDULES), ("precision", PRECISIONS), ("optimizer", OPTIMIZERS)):
             if getattr(self, name) not in known:
                 raise InputError(f"{name} must be one of {', '.join(known)}, not {getattr(self, name)!r}")
         unknown = set(self.trains) - set(TRAINABLE)

@@ -193,7 +193,7 @@ class Learner:
         run, numbers = self.run, defaultdict[str, list[float]](list)
         own = sum(len(visit.members) for made in rounds if made.spread for visit in made.visits)
         [count] = run.ranks.total([own])
-        run.optimizer.zero_grad(set_to_none=True)
+        run.objective.zero_grad(set_to_none=True)
         total = 0.0
         for made in (r for r, wanted in zip(rounds, kept, strict=True) if wanted):
             for visit in made.visits:
@@ -214,9 +214,7 @@ class Learner:
                 f"the loss at step {run.step} is not a number (loss {numbers['loss'][0]}, gradient norm "
                 f"{numbers['norm'][0]}); the weights are as before it. Prompts: {', '.join(names)}"
             )
-        for group in run.optimizer.param_groups:
-            group["lr"] = numbers["rate"][0]
-        run.optimizer.step()
+        run.learn(rate)
         return numbers
 
     @torch.no_grad()

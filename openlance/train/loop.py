@@ -33,7 +33,7 @@ from openlance.train.flops import device_peak_flops, flops_per_step, work_of
 from openlance.train.losses import Counts, Losses, Objective
 from openlance.train.parallel import Ranks, pattern_of, spread, trained_parameters, whole_state
 from openlance.train.report import NoTracker, Report, Tracker
-from openlance.train.update import Average, learning_rate, make_optimizer
+from openlance.train.update import Average, learning_rate, make_optimizers
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -108,7 +108,7 @@ class Run:
     def __post_init__(self) -> None:
         self.model_config = self.objective.model.config
         self.trained = trained_parameters(self.objective)
-        self.optimizer = make_optimizer(self.trained, self.config)
+        self.optimizers = make_optimizers(self.trained, self.config)
         self.average = Average(self.trained, self.config.ema)
 
     def save(self, score: float | None = None) -> None:
@@ -125,9 +125,18 @@ class Run:
             return
         tensors = self._tensors()
         state = self.checkpoints.load(steps[-1], tensors)  # weights and average in place
-        set_optimizer_state_dict(self.objective, self.optimizer, tensors["optimizer"], options=_TRAINED)
+        set_optimizer_state_dict(
+            self.objective, self.optimizers, optim_state_dict=tensors["optimizer"], options=_TRAINED
+        )
         self.step = state["step"]
         self.feed.restore(state["lanes"])
+
+    def learn(self, rate: float) -> None:
+        """Update the weights by their gradients, at this learning rate."""
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            optimizer.step()
 
     @contextmanager
     def holding(self, average: Average) -> Iterator[None]:
@@ -148,7 +157,7 @@ class Run:
         return {
             "model": {name: parameter.detach() for name, parameter in self.trained.items()},
             "average": self.average.values,
-            "optimizer": get_optimizer_state_dict(self.objective, self.optimizer, options=_TRAINED),
+            "optimizer": get_optimizer_state_dict(self.objective, self.optimizers, options=_TRAINED),
         }
 
 
@@ -253,9 +262,7 @@ def _update(run: Run, report: Report, asked: list[int]) -> int:
     torch.manual_seed(hash((config.seed, step, ranks.rank)) % 2**63)  # dropout of adapters
     ce, mse, norm = _gradients(run, packs, drawn, counts)
     rate = learning_rate(step, config)
-    for group in run.optimizer.param_groups:
-        group["lr"] = rate
-    run.optimizer.step()
+    run.learn(rate)
     run.average.update(step)
     run.step += 1
     means = {"ce": (ce, answers), "mse": (mse, denoised)}
@@ -274,7 +281,7 @@ def _gradients(
     """
     ranks, step = run.ranks, run.step
     sums = [0.0, 0.0]
-    run.optimizer.zero_grad(set_to_none=True)
+    run.objective.zero_grad(set_to_none=True)
     for given, (batch, noise) in zip(packs, drawn, strict=True):
         found = run.objective(batch, noise, counts, pattern_of(batch, ranks))
         # Gradients are averaged over all processes; those that share a pack each have its whole loss.

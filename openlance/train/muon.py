@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # Jordan's quintic: every singular value lands near 1 in five steps
 
@@ -14,51 +16,64 @@ class Muon(torch.optim.Optimizer):
     """For weights of linear layers and convolutions; other parameters belong to AdamW.
 
     A 3D convolution's weight is one matrix [out, in * h * w] for each time slice, and a slice without any
-    gradient is left alone.
+    gradient is left alone. like_adamw: updates as large as AdamW's are on average, 0.2 a weight times the
+    learning rate (Liu et al., 2025); else each singular value of an update is the learning rate. A parameter
+    that is spread over processes must be whole on each.
     """
 
-    def __init__(self, params: Iterable[Tensor], lr: float = 0.02, momentum: float = 0.95) -> None:
-        super().__init__(params, {"lr": lr, "momentum": momentum})
+    def __init__(
+        self, params: Iterable[Tensor], lr: float = 0.02, momentum: float = 0.95, *, like_adamw: bool = False
+    ) -> None:
+        super().__init__(params, {"lr": lr, "momentum": momentum, "like_adamw": like_adamw})
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
+            alike: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = defaultdict(list)
             for parameter in group["params"]:
                 if parameter.grad is None:
                     continue
                 state = self.state[parameter]
                 if not state:
                     state["momentum"] = torch.zeros_like(parameter)
-                average = state["momentum"]
-                average.lerp_(parameter.grad, 1 - group["momentum"])
-                update = parameter.grad.lerp(average, group["momentum"])
-                for matrix, change in zip(_matrices(parameter), _matrices(update), strict=True):
+                average, gradient = _here(state["momentum"]), _here(parameter.grad)
+                average.lerp_(gradient, 1 - group["momentum"])
+                update = gradient.lerp(average, group["momentum"])
+                for matrix, change in zip(_matrices(_here(parameter)), _matrices(update), strict=True):
+                    rows, columns = change.flatten(1).shape
+                    alike[rows, columns].append((matrix, change.flatten(1)))
+            for (rows, columns), pairs in alike.items():
+                scale = 0.04 * max(rows, columns) if group["like_adamw"] else max(1, rows / columns)
+                changes = torch.stack([change for _, change in pairs])
+                for (matrix, change), way in zip(pairs, orthogonal(changes), strict=True):
                     if change.any():
-                        flat = change.flatten(1)
-                        scale = max(1, flat.shape[0] / flat.shape[1]) ** 0.5
-                        matrix.sub_(orthogonal(flat).view_as(matrix), alpha=group["lr"] * scale)
+                        matrix.sub_(way.view_as(matrix), alpha=group["lr"] * scale**0.5)
 
 
-def orthogonal(matrix: Tensor, steps: int = 5) -> Tensor:
-    """The matrix [rows, columns] with its singular values moved close to 1 (Newton-Schulz iteration)."""
-    tall = matrix.shape[0] > matrix.shape[1]
-    x = matrix.T if tall else matrix
-    x = x / (x.norm() + 1e-7)
+def orthogonal(matrices: Tensor, steps: int = 5) -> Tensor:
+    """Matrices [..., rows, columns] with their singular values moved close to 1 (Newton-Schulz iteration)."""
+    tall = matrices.shape[-2] > matrices.shape[-1]
+    x = matrices.mT if tall else matrices
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     a, b, c = COEFFICIENTS
     for _ in range(steps):
-        square = x @ x.T
+        square = x @ x.mT
         x = a * x + (b * square + c * square @ square) @ x
-    return x.T if tall else x
+    return x.mT if tall else x
 
 
 def split_parameters(module: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
-    """(weights for Muon, the rest: biases, gains and whatever has no two dimensions above 1)."""
+    """Of those that learn: (weights for Muon, the rest: biases, gains, all that has no two dimensions)."""
     matrices: list[Tensor] = []
     rest: list[Tensor] = []
-    for parameter in module.parameters():
+    for parameter in filter(lambda p: p.requires_grad, module.parameters()):
         wide = parameter.dim() >= 2 and parameter.shape[0] > 1 and parameter[0].numel() > 1
         (matrices if wide else rest).append(parameter)
     return matrices, rest
+
+
+def _here(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _matrices(weight: Tensor) -> list[Tensor]:

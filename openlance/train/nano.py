@@ -24,7 +24,6 @@ from openlance.tokenizer import Tokenizer, train_tokenizer
 from openlance.train.nano_data import (
     CLIP,
     KINDS,
-    WIDE_KINDS,
     EncodedWorld,
     WorldFeed,
     WorldPack,
@@ -32,7 +31,7 @@ from openlance.train.nano_data import (
     encode_latents,
     stored,
 )
-from openlance.train.nano_vae import read_vae_config, train_clips, train_vae
+from openlance.train.nano_vae import read_vae_config, train_clips, train_decoder, train_vae
 from openlance.train.nano_vision import train_vision
 from openlance.train.parallel import Ranks
 from openlance.world import vocabulary_texts
@@ -66,29 +65,29 @@ PRE_TRAINING: dict[str, float] = {
     Task.X2T_VIDEO: 0.01,
     Task.VIDEO_EDIT: 0.01,
 }
+# Everything that the world holds; clips wait for the last stage.
 CONTINUAL: dict[str, float] = {
-    Task.T2I: 0.50,
-    Task.X2T_IMAGE: 0.15,
+    Task.T2I: 0.42,
+    Task.X2T_IMAGE: 0.12,
     Task.IMAGE_EDIT: 0.22,
-    Task.SUBJECT_IMAGE: 0.03,
-    Task.T2V: 0.02,
-    Task.I2V: 0.03,
+    Task.SUBJECT_IMAGE: 0.02,
     Task.X2T_VIDEO: 0.02,
+    "boxes": 0.06,
+    "written": 0.04,
+    "several": 0.04,
+    "turns": 0.06,
+}
+FINE_TUNING: dict[str, float] = {
+    **{task: 0.79 * share for task, share in CONTINUAL.items()},
+    Task.T2V: 0.06,
+    Task.I2V: 0.10,
     Task.VIDEO_EDIT: 0.03,
+    "story": 0.02,
 }
 MIXTURES: dict[str, Mapping[str, float]] = {
     "pre-training": PRE_TRAINING,
     "continual training": CONTINUAL,
-    "fine-tuning": CONTINUAL,
-}
-# All that the world holds: needs `WIDE_RECIPE`. No preset uses it, and the bundled model has not seen it.
-FULL: dict[str, float] = {
-    **{task: 0.7 * share for task, share in CONTINUAL.items()},
-    "boxes": 0.06,
-    "written": 0.10,
-    "several": 0.05,
-    "turns": 0.06,
-    "story": 0.03,
+    "fine-tuning": FINE_TUNING,
 }
 HELD_OUT_TASKS = (Task.T2I, Task.IMAGE_EDIT, Task.X2T_IMAGE)
 HELD_OUT_PACKS = 2
@@ -96,20 +95,14 @@ HELD_OUT_PACKS = 2
 
 @dataclass(frozen=True)
 class NanoRecipe:
-    """How long the frozen parts take: minutes of the VAE on pictures and on clips, and of the ViT; encoded
-    items.
-
-    wide_items: of `WIDE_KINDS`, for the mixture `FULL`; none where it is empty.
-    """
+    """How long the frozen parts take, in minutes: the VAE on pictures, its decoder alone, the VAE on clips, and
+    the ViT; encoded items of each of `KINDS`."""
 
     vae_minutes: float = 18.0
+    decoder_minutes: float = 25.0
     clip_minutes: float = 10.0
     vision_minutes: float = 9.0
-    items: tuple[int, ...] = (20_000, 4_000, 1_000, 600)  # images, edits, subjects, clips
-    wide_items: tuple[int, ...] = ()  # written, several, talk, story
-
-
-WIDE_RECIPE = NanoRecipe(wide_items=(6_000, 3_000, 3_000, 400))
+    items: tuple[int, ...] = (20_000, 4_000, 1_000, 600, 6_000, 3_000, 3_000, 400)
 
 
 @dataclass(frozen=True, eq=False)
@@ -163,13 +156,11 @@ def make_parts(folder: Path, recipe: NanoRecipe | None = None, *, threads: int =
     if not (folder / "vae.safetensors").exists():
         train_vae(folder, recipe.vae_minutes, threads=threads)
     if not stored(folder, CLIP, "latents").exists():
+        train_decoder(folder, recipe.decoder_minutes, threads=threads)
         train_clips(folder, recipe.clip_minutes, threads=threads)
     config = replace(config, vae=read_vae_config(folder))
     vae = _frozen(VAE(config.vae), folder / "vae.safetensors")
-    items = dict(zip(KINDS, recipe.items, strict=True))
-    if recipe.wide_items:
-        items |= dict(zip(WIDE_KINDS, recipe.wide_items, strict=True))
-    for kind, count in items.items():
+    for kind, count in zip(KINDS, recipe.items, strict=True):
         encode_features(kind, count, vision, config, folder)
         encode_latents(kind, count, vae, config, folder)
     return NanoParts(folder, config, tokenizer, vision, vae)

@@ -118,14 +118,11 @@ KINDS = (
     Kind("edit", 1, 2, _edit),
     Kind("subject", 1, 2, _subject),
     CLIP,
-)
-WIDE_KINDS = (
     Kind("written", 1, 2, _written),
     Kind("several", 1, 3, _several),
     Kind("talk", 1, 3, _talk),
     Kind("story", 9, 2, _story),
 )
-"""What only the wide rows need (see `EncodedWorld`); the bundled model was trained without."""
 
 
 def encode_features(kind: Kind, count: int, vision: Vision, config: ModelConfig, folder: Path) -> None:
@@ -181,7 +178,7 @@ def _chunks(items: tqdm, size: int) -> Iterator[list[int]]:
 
 def draw(kind: Kind, index: int) -> Drawn:
     """The scenes and words of an item: always the same for the same index."""
-    return kind.scenes(np.random.default_rng((SEED, (*KINDS, *WIDE_KINDS).index(kind), index)))
+    return kind.scenes(np.random.default_rng((SEED, KINDS.index(kind), index)))
 
 
 class EncodedWorld:
@@ -205,7 +202,7 @@ class EncodedWorld:
             "story": self._story,
         }
         self.stored: dict[tuple[str, str], Tensor] = {}
-        for kind in (*KINDS, *WIDE_KINDS):
+        for kind in KINDS:
             for what in ("features", "latents"):
                 if (file := stored(folder, kind, what)).exists():
                     self.stored[kind.name, what] = load_file(file)["values"]
@@ -221,7 +218,7 @@ class EncodedWorld:
             yield make(rng, row_id) if make else self._row(Task(task), rng, row_id)
 
     def _item(self, name: str, rng: np.random.Generator) -> tuple[Sequence[Scene], list[View], Sequence[str]]:
-        kind = next(k for k in (*KINDS, *WIDE_KINDS) if k.name == name)
+        kind = next(k for k in KINDS if k.name == name)
         features, latents = (self.stored.get((name, what)) for what in ("features", "latents"))
         assert features is not None, f"no item of the kind {name} has been encoded"
         count = len(features) // kind.scenes_each

@@ -33,6 +33,8 @@ LATER = 0.05  # keeps latents of later frames as small as those of the first, wh
 RATE_MATRICES, RATE_REST = 0.02, 2e-3
 
 Optimizers = tuple[Muon, torch.optim.AdamW]
+Diet = tuple[tuple[float, WorldConfig], ...]
+"""Kinds of pictures, with their shares."""
 
 PLAIN = WorldConfig(max_things=3)
 # What nano is to draw comes first; the rest has its share so that the VAE does not fail on it.
@@ -41,6 +43,9 @@ DIET = (
     (0.06, dataclasses.replace(PLAIN, textures=TEXTURES[1:])),
     (0.02, dataclasses.replace(PLAIN, max_things=2, words=WORDS, text_share=1.0)),
 )
+# The decoder sees more of what is hard; the latents do not move any more.
+DECODED = tuple(zip((0.65, 0.10, 0.25), (world for _, world in DIET), strict=True))
+DISTURBED = 0.25  # noise on the latents that the decoder learns from, at most, in their std
 MOVING = dataclasses.replace(PLAIN, motions=MOTIONS)
 SHOWN = {  # what the final table of PSNR is measured on
     "one": dataclasses.replace(PLAIN, max_things=1),
@@ -73,38 +78,68 @@ def train_vae(
     for progress in run.progress():
         whole = progress > 0.85 and run.step % 4 == 0
         pixels, weight = batch(run.rng, 1, 8 if whole else 16, SIDE if whole else CROP)
-        update(vae, pixels, weight, optimizers, run, progress)
+        learn(*losses(vae, pixels, weight), optimizers, run, progress)
     mean, std = statistics(vae)
     config = dataclasses.replace(vae.config, mean=mean, std=std)
     return finish(vae, config, run_dir, run)
 
 
-def train_clips(run_dir: Path, minutes: float, seed: int = 0, threads: int = 1) -> dict:
-    """Teach a VAE that knows pictures motion, for `minutes` in all, going on from `run_dir/clips.pt`.
+def train_decoder(run_dir: Path, minutes: float, seed: int = 0, threads: int = 1) -> dict:
+    """Teach the decoder alone to draw sharply, for `minutes` in all, going on from `run_dir/decoder.pt`.
 
-    Only what pictures do not use is trained: whatever was computed from pictures before stays valid, bit for
-    bit. Reads and rewrites `vae.safetensors` and `vae.json` in `run_dir`; the mean and std stay.
+    Latents of pictures stay bit for bit, so a model may train on them meanwhile. Reads and rewrites
+    `vae.safetensors` and `vae.json` in `run_dir`.
     """
     torch.set_num_threads(threads)
     torch.manual_seed(seed)
-    run_dir = Path(run_dir)
-    vae = VAE(read_vae_config(run_dir))
-    vae.load_state_dict(load_file(run_dir / "vae.safetensors"))
-    start_from_pictures(vae)
-    optimizers = _optimizers(*hold_pictures(vae))
+    vae = _trained(run_dir)
+    vae.requires_grad_(False)
+    for module in (vae.net.decoder, vae.net.post_quant_conv):
+        module.requires_grad_(True)
+    optimizers = _optimizers(*split_parameters(vae))
     parts = {"vae": vae, "muon": optimizers[0], "adamw": optimizers[1]}
-    run = TimedRun(run_dir / "clips.pt", minutes, parts, np.random.default_rng(seed))
+    run = TimedRun(run_dir / "decoder.pt", minutes, parts, np.random.default_rng(seed))
     for progress in run.progress():
-        pixels, weight = batch(run.rng, *((9, 1) if run.step % 3 == 0 else (5, 2)), CROP)
-        update(vae, pixels, weight, optimizers, run, progress)
+        learn(*decoded(vae, run), optimizers, run, progress)
     return finish(vae, vae.config, run_dir, run)
 
 
-def update(
-    vae: VAE, pixels: Tensor, weight: Tensor, optimizers: Optimizers, run: TimedRun, progress: float
-) -> None:
-    """One step of both optimisers on a batch."""
-    loss, error = losses(vae, pixels, weight)
+def train_clips(run_dir: Path, minutes: float, seed: int = 0, threads: int = 1) -> dict:
+    """Teach a VAE that knows pictures motion, for `minutes` in all, going on from `run_dir/clips.pt`.
+
+    The decoder goes on learning, on pictures too; of the encoder learns only what pictures do not use, so
+    that their latents stay bit for bit. Reads and rewrites `vae.safetensors` and `vae.json` in `run_dir`; the
+    mean and std stay.
+    """
+    torch.set_num_threads(threads)
+    torch.manual_seed(seed)
+    vae = _trained(run_dir)
+    hold_latents(vae)
+    optimizers = _optimizers(*split_parameters(vae))
+    parts = {"vae": vae, "muon": optimizers[0], "adamw": optimizers[1]}
+    run = TimedRun(run_dir / "clips.pt", minutes, parts, np.random.default_rng(seed))
+    for progress in run.progress():
+        if run.step % 3 == 0:
+            found = decoded(vae, run)
+        else:
+            found = losses(vae, *batch(run.rng, *((9, 2) if run.step % 3 == 1 else (5, 3)), CROP))
+        learn(*found, optimizers, run, progress)
+    return finish(vae, vae.config, run_dir, run)
+
+
+def decoded(vae: VAE, run: TimedRun) -> tuple[Tensor, float]:
+    """As `losses`, of the decoder alone, on latents of pictures disturbed as those are that a model draws."""
+    whole = run.step % 2 == 0
+    pixels, weight = batch(run.rng, 1, 6 if whole else 16, SIDE if whole else CROP, DECODED)
+    with torch.no_grad():
+        latents = vae.posterior(pixels)[0]
+        strength = DISTURBED * vae.config.std[0] * torch.rand(len(latents), 1, 1, 1, 1)
+        latents = latents + strength * torch.randn_like(latents)
+    return distance(vae.reconstruct(latents), pixels, weight)
+
+
+def learn(loss: Tensor, error: float, optimizers: Optimizers, run: TimedRun, progress: float) -> None:
+    """One step of both optimisers. error: mean squared, to be reported."""
     loss.backward()
     for optimizer, rate in zip(optimizers, (RATE_MATRICES, RATE_REST), strict=True):
         set_rate(optimizer, rate, progress)
@@ -122,29 +157,38 @@ def losses(vae: VAE, pixels: Tensor, weight: Tensor) -> tuple[Tensor, float]:
     batch, _, frames, height, width = pixels.shape
     noise = torch.randn(batch, 48, (frames - 1) // 4 + 1, height // 16, width // 16)
     mean, logvar = vae.posterior(pixels)
-    decoded = vae.reconstruct(mean + noise * torch.exp(0.5 * logvar))
-    difference = decoded - pixels
-    squared = difference.square()
+    apart, squared = distance(vae.reconstruct(mean + noise * torch.exp(0.5 * logvar)), pixels, weight)
     kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
-    loss = (weight * (difference.abs() + squared)).mean() / weight.mean() + KL * kl
+    loss = apart + KL * kl
     if frames > 1:
         first, later = mean[:, :, :1].detach(), mean[:, :, 1:]
         loss = loss + LATER * later.square().mean() / first.square().mean()
-    return loss, squared.mean().item()
+    return loss, squared
 
 
-def batch(rng: np.random.Generator, frames: int, count: int, side: int) -> tuple[Tensor, Tensor]:
+def distance(decoded: Tensor, pixels: Tensor, weight: Tensor) -> tuple[Tensor, float]:
+    """(weighted L1 and squared error, mean squared error), shapes as in `losses`."""
+    difference = decoded - pixels
+    squared = difference.square()
+    return (weight * (difference.abs() + squared)).mean() / weight.mean(), squared.mean().item()
+
+
+def batch(
+    rng: np.random.Generator, frames: int, count: int, side: int, diet: Diet = DIET
+) -> tuple[Tensor, Tensor]:
     """`count` pictures or clips of the world, and their weights, as in `losses`."""
-    drawn = [draw(rng, frames, side) for _ in range(count)]
+    drawn = [draw(rng, frames, side, diet) for _ in range(count)]
     pixels = torch.stack([_pixels(picture) for picture, _ in drawn])
     shapes = torch.stack([torch.from_numpy(mask) for _, mask in drawn]).float()
     near = F.max_pool2d(shapes, 5, stride=1, padding=2)
     return pixels, 1 + FOREGROUND * near[:, None]
 
 
-def draw(rng: np.random.Generator, frames: int, side: int) -> tuple[np.ndarray, np.ndarray]:
+def draw(
+    rng: np.random.Generator, frames: int, side: int, diet: Diet = DIET
+) -> tuple[np.ndarray, np.ndarray]:
     """A picture or clip uint8 [T, side, side, 3], cropped around a shape, and where its shapes are."""
-    config = MOVING if frames > 1 else DIET[rng.choice(len(DIET), p=[share for share, _ in DIET])][1]
+    config = MOVING if frames > 1 else diet[rng.choice(len(diet), p=[share for share, _ in diet])][1]
     scene = sample_scene(rng, config)
     clip = render_clip(scene, frames, SIDE)
     ground = render(Scene(scene.ground, scene.texture), SIDE).astype(np.int16)
@@ -174,22 +218,21 @@ def start_from_pictures(vae: VAE) -> None:
                     module.weight[:, :, -1] = eye[:, :, None, None]
 
 
-def hold_pictures(vae: VAE) -> tuple[list[Tensor], list[Tensor]]:
-    """Freeze all that one picture uses; returns (weights, biases) of the rest.
+def hold_latents(vae: VAE) -> None:
+    """Freeze all of the encoder that one picture uses.
 
-    That is: the earlier time slices of every causal convolution, and the convolutions that halve or double
+    What is left there: the earlier time slices of every causal convolution, and the convolutions that halve
     time.
     """
-    vae.requires_grad_(False)
-    weights, biases = [], []
-    for name, module in vae.named_modules():
+    for half in (vae.net.encoder, vae.net.quant_conv):
+        half.requires_grad_(False)
+    for name, module in vae.net.encoder.named_modules():
         if isinstance(module, wan.WanCausalConv3d) and module.kernel_size[0] > 1:
-            weights.append(module.weight.requires_grad_(True))
+            module.weight.requires_grad_(True)
             if name.endswith("time_conv"):
-                biases.append(module.bias.requires_grad_(True))
+                module.bias.requires_grad_(True)
             else:
                 module.weight.register_hook(_without_last_slice)
-    return weights, biases
 
 
 def _without_last_slice(gradient: Tensor) -> Tensor:
@@ -205,6 +248,12 @@ def statistics(vae: VAE) -> tuple[tuple[float, ...], tuple[float, ...]]:
     latents = vae.posterior(batch(rng, 1, 64, SIDE)[0])[0]
     channels = vae.config.channels
     return (round(latents.mean().item(), 5),) * channels, (round(latents.std().item(), 5),) * channels
+
+
+def _trained(run_dir: Path) -> VAE:
+    vae = VAE(read_vae_config(run_dir))
+    vae.load_state_dict(load_file(run_dir / "vae.safetensors"))
+    return vae
 
 
 def read_vae_config(run_dir: Path) -> VAEConfig:

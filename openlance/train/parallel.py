@@ -130,6 +130,8 @@ def spread(model: Lance, config: TrainConfig, ranks: Ranks, vocabulary: int | No
         raise InputError(f"{config.lanes} lanes cannot be shared evenly by {ranks.size} processes{groups}")
     if (heads := model.config.backbone.heads) % ranks.context:
         raise InputError(f"context {ranks.context}: the {heads} heads of attention cannot be shared evenly")
+    if config.optimizer == "muon" and ranks.size > config.replicas:
+        raise InputError(f"muon needs whole matrices on each process: use --replicas {ranks.size}")
     if ranks.size % config.replicas:
         raise InputError(f"{ranks.size} processes cannot hold {config.replicas} replicas of equal size")
     model.to(ranks.device)
@@ -138,7 +140,7 @@ def spread(model: Lance, config: TrainConfig, ranks: Ranks, vocabulary: int | No
         if config.checkpointing:
             layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
         if config.compile:
-            layer.compile()
+            layer.compile(dynamic=True)  # no two packs are of one length
     if ranks.size == 1 and config.precision == "float32":
         return objective
     if not dist.is_initialized():

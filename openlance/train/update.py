@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from openlance.config import TrainConfig
+from openlance.train.muon import Muon
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:
@@ -24,16 +25,24 @@ def learning_rate(step: int, config: TrainConfig) -> float:
     return config.learning_rate * rise
 
 
-def make_optimizer(parameters: Mapping[str, nn.Parameter], config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW without weight decay, as the paper has it."""
-    return torch.optim.AdamW(
-        list(parameters.values()),
-        config.learning_rate,
-        config.betas,
-        config.eps,
-        weight_decay=0.0,
-        fused=True,
+def make_optimizers(
+    parameters: Mapping[str, nn.Parameter], config: TrainConfig
+) -> tuple[torch.optim.Optimizer, ...]:
+    """AdamW without weight decay, as the paper has it; the matrices of the layers by Muon where it is chosen.
+
+    Muon's updates have the size of AdamW's (Liu et al., 2025), so that one learning rate serves both.
+    """
+    rest = dict(parameters)
+    found: list[torch.optim.Optimizer] = []
+    if config.optimizer == "muon":
+        matrices = [rest.pop(name) for name, p in parameters.items() if "layers." in name and p.dim() == 2]
+        found.append(Muon(matrices, config.learning_rate, like_adamw=True))
+    found.append(
+        torch.optim.AdamW(
+            list(rest.values()), config.learning_rate, config.betas, config.eps, weight_decay=0.0, fused=True
+        )
     )
+    return tuple(found)
 
 
 class Average:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -52,6 +53,34 @@ def test_resumed_is_uninterrupted(tmp_path: Path) -> None:
     assert_equal(state_of(trained), state_of(resumed))
     log = [json.loads(line) for line in (tmp_path / "cut" / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in log] == [1, 2, 3, 4]
+
+
+def test_muon_is_resumed_and_moves_what_adamw_does_not(tmp_path: Path) -> None:
+    """Its momentum is saved too; what is no matrix of a layer learns as with AdamW."""
+
+    def run(steps: int, name: str, optimizer: str = "muon", **options: Any) -> dict[str, torch.Tensor]:
+        config = run_config(steps=steps, optimizer=optimizer)
+        return dict(train(build_network(3), TinyFeed(2), config, tmp_path / name, **options))
+
+    whole = run(3, "whole")
+    run(2, "cut")
+    assert_equal(whole, run(3, "cut", resume=True))
+    one, adamw = run(1, "one"), run(1, "adamw", "adamw")
+    differ = {name for name in one if not torch.equal(one[name], adamw[name])}
+    assert differ and all("layers." in name and one[name].dim() == 2 for name in differ)
+
+
+@pytest.mark.slow
+def test_compiled_layers_compute_the_same(tmp_path: Path) -> None:
+    settings = {"steps": 2, "learning_rate": 1e-3}
+    runs = [
+        train(
+            build_network(3), TinyFeed(2), run_config(**settings, compile=compiled), tmp_path / str(compiled)
+        )
+        for compiled in (False, True)
+    ]
+    for name, tensor in runs[0].items():
+        torch.testing.assert_close(tensor, runs[1][name], atol=1e-4, rtol=1e-3)  # sums in another order
 
 
 def test_a_finished_run_gives_its_weights_again(tmp_path: Path) -> None:

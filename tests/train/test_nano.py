@@ -21,23 +21,24 @@ from openlance.sequence.segment import Kind, Role
 from openlance.sequence.template import Task
 from openlance.train.loop import Validation, train
 from openlance.train.nano import (
-    CONTINUAL,
-    FULL,
     MIXTURES,
-    WIDE_RECIPE,
     NanoParts,
     NanoRecipe,
     make_parts,
     nano_tokenizer,
 )
-from openlance.train.nano_data import KINDS, WIDE_KINDS, EncodedWorld, draw, stored
+from openlance.train.nano_data import KINDS, EncodedWorld, draw, stored
 from openlance.train.parallel import Ranks
 from openlance.train.presets import PRESETS, preset
 from openlance.world import Scene, box, is_held_out, read_boxes, render
 from openlance.world.language import NUMBERS
 
 TINY = NanoRecipe(
-    vae_minutes=0.02, clip_minutes=0.02, vision_minutes=0.02, items=(6, 3, 3, 2), wide_items=(4, 4, 4, 2)
+    vae_minutes=0.02,
+    decoder_minutes=0.02,
+    clip_minutes=0.02,
+    vision_minutes=0.02,
+    items=(6, 3, 3, 2, 4, 4, 4, 2),
 )
 
 
@@ -76,11 +77,12 @@ def test_parts_that_are_there_are_left_alone(parts: NanoParts) -> None:
 
 @pytest.mark.slow
 def test_rows_repeat_by_seed_and_cover_the_mixture(parts: NanoParts) -> None:
-    world = EncodedWorld(parts.folder, CONTINUAL)
+    tasks = {task: 1.0 for task in Task if task not in (Task.CHAT, Task.SUBJECT_VIDEO)}
+    world = EncodedWorld(parts.folder, tasks)
     first, again, other = (list(islice(world.rows(0, step), 64)) for step in (3, 3, 4))
     assert [row.prompt for row in first] == [row.prompt for row in again]
     assert [row.prompt for row in first] != [row.prompt for row in other]
-    assert {row.task for row in islice(world.rows(1), 800)} == set(CONTINUAL)
+    assert {row.task for row in islice(world.rows(1), 800)} == set(tasks)
 
 
 @pytest.mark.slow
@@ -108,7 +110,7 @@ def test_held_out_items_are_never_trained_on(parts: NanoParts) -> None:
 @pytest.fixture
 def encoded(tmp_path: Path) -> Path:
     """A folder of items whose features and latents are their own row's number, as no encoder would make."""
-    for kind in (*KINDS, *WIDE_KINDS):
+    for kind in KINDS:
         count = 4 * kind.scenes_each
         tokens, frames = 16 * ((kind.frames + 1) // 2), (kind.frames + 3) // 4
         rows = torch.arange(count, dtype=torch.float16)
@@ -129,7 +131,7 @@ def number(view: View) -> int:
 
 def scenes_of(name: str, number: int) -> tuple[Scene, int]:
     """(scene, which of its item) that a row of the kind stands for."""
-    kind = next(kind for kind in WIDE_KINDS + KINDS if kind.name == name)
+    kind = next(kind for kind in KINDS if kind.name == name)
     item, place = divmod(number, kind.scenes_each)
     return draw(kind, item)[0][place], place
 
@@ -147,12 +149,13 @@ def test_boxes_are_those_of_the_picture(encoded: Path) -> None:
 
 def test_words_in_pictures_are_drawn_edited_and_read(encoded: Path) -> None:
     rows = rows_of(encoded, "written")
+    (kind,) = (kind for kind in KINDS if kind.name == "written")
     assert {row.task for row in rows} == {Task.T2I, Task.IMAGE_EDIT, Task.X2T_IMAGE}
     for row in rows:
         scene, place = scenes_of("written", number((*row.sources, row.target)[0]))
         assert place == 0
         if row.task is Task.IMAGE_EDIT:
-            assert row.prompt == draw(WIDE_KINDS[0], number(row.target) // 2)[1][0]
+            assert row.prompt == draw(kind, number(row.target) // 2)[1][0]
             assert number(row.target) == number(row.sources[0]) + 1
         elif row.prompt in ("what does the text say?", "which word is written?"):
             assert scene.text and row.answer == scene.text.word.lower()
@@ -196,21 +199,14 @@ def test_a_story_says_what_comes_first(encoded: Path) -> None:
             assert row.answer in (first.shape, f"{first.color} {first.shape}")
 
 
-def test_the_full_mixture_covers_everything_and_changes_no_preset(encoded: Path) -> None:
-    assert np.isclose(sum(FULL.values()), 1.0) and set(CONTINUAL) < set(FULL)
-    assert not NanoRecipe().wide_items and len(WIDE_RECIPE.wide_items) == len(WIDE_KINDS)
-    assert FULL not in MIXTURES.values()
-    rows = islice(EncodedWorld(encoded, FULL).rows(0), 300)
+def test_the_last_mixture_has_everything(encoded: Path) -> None:
+    assert np.isclose(sum(MIXTURES["fine-tuning"].values()), 1.0)
+    assert all(set(mixture) <= set(MIXTURES["fine-tuning"]) for mixture in MIXTURES.values())
+    rows = islice(EncodedWorld(encoded, MIXTURES["fine-tuning"]).rows(0), 300)
     assert {len(row.sources) for row in rows} >= {0, 1, 2, 3}
 
 
-@pytest.mark.slow
-def test_the_full_mixture_trains(parts: NanoParts, tmp_path: Path) -> None:
-    config = replace(preset("nano-ct"), steps=2, tokens=300, validate_every=0)
-    train(parts.new_model(0), parts.feed(config, Ranks(), FULL), config, tmp_path / "full")
-
-
-@pytest.mark.parametrize("kind", KINDS + WIDE_KINDS, ids=lambda kind: kind.name)
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
 def test_items_are_fixed_and_never_held_out(kind) -> None:  # type: ignore[no-untyped-def]
     for index in range(40):
         scenes, words = draw(kind, index)
@@ -220,10 +216,9 @@ def test_items_are_fixed_and_never_held_out(kind) -> None:  # type: ignore[no-un
         assert not any(is_held_out(scene) for scene in scenes)
 
 
-@pytest.mark.parametrize("stage", MIXTURES)
-def test_every_stage_has_every_task_that_nano_learns(stage: str) -> None:
-    assert set(MIXTURES[stage]) == set(Task) - {Task.CHAT, Task.SUBJECT_VIDEO}
-    assert np.isclose(sum(MIXTURES[stage].values()), 1.0)
+def test_all_stages_together_have_every_task_that_nano_learns() -> None:
+    wide = {"boxes", "written", "several", "turns", "story"}
+    assert set(MIXTURES["fine-tuning"]) == set(Task) - {Task.CHAT, Task.SUBJECT_VIDEO} | wide
 
 
 def test_every_preset_has_a_mixture() -> None:

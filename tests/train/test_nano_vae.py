@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from safetensors.torch import load_file
 
@@ -15,6 +16,7 @@ from openlance.train.nano_vae import (
     batch,
     start_from_pictures,
     train_clips,
+    train_decoder,
     train_vae,
 )
 from openlance.train.timed import TimedRun
@@ -23,18 +25,24 @@ TINY = VAEConfig(base=2, decoder_base=2, residual_blocks=1, mean=(0.0,) * 48, st
 
 
 def test_pictures_then_clips(tmp_path: Path):
-    """Each writes weights and measurements, and clips leave pictures as they were."""
+    """Each writes weights and measurements; the decoder leaves latents, and clips leave pictures as they
+    were."""
     result = train_vae(tmp_path, 0.02, config=TINY)
     pictures = torch.rand(2, 3, 1, 32, 32) * 2 - 1
     before = read(tmp_path, result)
     assert result["steps"] and len(set(before.config.std)) == 1 and before.config.std[0] > 0
     assert {"one", "two", "textured", "words", "clip"} <= set(result["psnr"])
 
+    result = train_decoder(tmp_path, 0.02)
+    sharp = read(tmp_path, result)
+    assert torch.equal(sharp.encode(pictures), before.encode(pictures))
+    assert not torch.equal(sharp.decode(before.encode(pictures)), before.decode(before.encode(pictures)))
+    before = sharp
+
     result = train_clips(tmp_path, 0.02)
     after = read(tmp_path, result)
     assert result["steps"] and after.config == before.config
     assert torch.equal(after.encode(pictures), before.encode(pictures))
-    assert torch.equal(after.decode(before.encode(pictures)), before.decode(before.encode(pictures)))
     clip = torch.rand(1, 3, 5, 32, 32) * 2 - 1
     assert not torch.equal(after.encode(clip), before.encode(clip))
 
@@ -97,3 +105,14 @@ def test_muon_makes_matrices_orthogonal():
     Muon(matrices).step()
     assert torch.equal(module.weight[:, :, :-1], before[:, :, :-1])
     assert not torch.equal(module.weight[:, :, -1], before[:, :, -1])
+
+
+def test_muon_like_adamw_moves_each_weight_by_a_fifth_of_the_rate():
+    """In the mean square, whatever the shape and the size of the gradient."""
+    generator = torch.Generator().manual_seed(0)
+    weights = [torch.nn.Parameter(torch.zeros(shape)) for shape in ((64, 64), (32, 96), (96, 32))]
+    for weight in weights:
+        weight.grad = torch.randn(weight.shape, generator=generator) * 1e-3
+    Muon(weights, lr=0.1, like_adamw=True).step()
+    for weight in weights:
+        assert weight.detach().square().mean().sqrt() == pytest.approx(0.02, rel=0.25)  # the quintic's band

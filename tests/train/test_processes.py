@@ -86,6 +86,11 @@ def test_many_processes_are_one(
                 assert many[name] == pytest.approx(one[name], rel=1e-4, abs=1e-6)
 
 
+def test_muon_on_two_replicas_is_muon_alone(tmp_path: Path) -> None:
+    settings = {"lanes": 2, "steps": 2, "learning_rate": 1e-3, "optimizer": "muon"}
+    assert_close(here(tmp_path / "one", settings), run(tmp_path / "two", {**settings, "replicas": 2}, 2))
+
+
 def test_a_state_is_read_by_another_number_of_processes(
     tmp_path: Path, alone: tuple[Path, dict[str, torch.Tensor]]
 ) -> None:
