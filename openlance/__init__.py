@@ -17,13 +17,50 @@ from typing import TYPE_CHECKING, Any
 from openlance.errors import InputError
 
 if TYPE_CHECKING:
-    from openlance.infer.pipeline import LancePipeline
+    from openlance.data.frames import Video
+    from openlance.infer.aio import AsyncLance, AsyncText
+    from openlance.infer.conversation import Conversation
+    from openlance.infer.generate import Cancelled, Step
+    from openlance.infer.orders import TextOptions
+    from openlance.infer.pipeline import LancePipeline, Options
+    from openlance.infer.result import Answer, Generated
+    from openlance.infer.turn import Turn
     from openlance.sequence.template import Task
 
 __version__ = "0.1.0"
-__all__ = ["InputError", "LancePipeline", "Task", "__version__"]
+__all__ = [
+    "Answer",
+    "AsyncLance",
+    "AsyncText",
+    "Cancelled",
+    "Conversation",
+    "Generated",
+    "InputError",
+    "LancePipeline",
+    "Options",
+    "Step",
+    "Task",
+    "TextOptions",
+    "Turn",
+    "Video",
+    "__version__",
+]
 
-_HOMES = {"LancePipeline": "openlance.infer.pipeline", "Task": "openlance.sequence.template"}
+_HOMES = {
+    "Answer": "openlance.infer.result",
+    "AsyncLance": "openlance.infer.aio",
+    "AsyncText": "openlance.infer.aio",
+    "Cancelled": "openlance.infer.generate",
+    "Conversation": "openlance.infer.conversation",
+    "Generated": "openlance.infer.result",
+    "LancePipeline": "openlance.infer.pipeline",
+    "Options": "openlance.infer.pipeline",
+    "Step": "openlance.infer.generate",
+    "Task": "openlance.sequence.template",
+    "TextOptions": "openlance.infer.orders",
+    "Turn": "openlance.infer.turn",
+    "Video": "openlance.data.frames",
+}
 
 
 def __getattr__(name: str) -> Any:

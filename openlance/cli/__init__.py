@@ -15,7 +15,8 @@ import tyro
 from tyro.extras import SubcommandApp
 
 from openlance import __version__
-from openlance.cli import about, create, data, data_encode, data_example, plan, words
+from openlance.cli import about, create, data, data_encode, data_example, plan, serve, words
+from openlance.cli.eval import commands as evaluate
 from openlance.cli.train import train_command
 from openlance.errors import InputError
 
@@ -76,16 +77,16 @@ def app(brief: bool = False, preset: str = PRESET) -> SubcommandApp:
 
     preset: whose values are the defaults of `train`.
     """
-    evaluate, looks, commands = (SubcommandApp() for _ in range(3))
-    evaluate.command(name="nano-bench")(about.nano_bench)
+    looks, commands = SubcommandApp(), SubcommandApp()
     for look in (data.check, data_encode.encode, data_example.example):
         looks.command(look)
     made = (create.generate, create.video, create.animate, create.edit, create.subject)
+    said = (words.ask, words.chat)
     train = train_command(preset)
-    for command in (*made, words.ask, words.chat, train, plan.plan, about.info, about.show, about.demo):
+    for command in (*made, *said, serve.serve, train, plan.plan, about.info, about.show, about.demo):
         first_line = str(command.__doc__).partition("\n")[0]
         commands.command(help=first_line if brief else None)(command)
-    commands.command(evaluate, name="eval", help="Measure a model.")
+    commands.command(evaluate(), name="eval", help="Measure a model.")
     commands.command(looks, name="data", help="Check and encode training data.")
     return commands
 

@@ -1,10 +1,10 @@
-"""Commands about models and outputs: what they are, what they need, how they score, how they are made."""
+"""Commands about models and outputs: what they are, what they need, how they are made."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 from tyro.conf import Positional
 
@@ -91,42 +91,6 @@ def demo(
 
     check_seed(seed)
     run(load.pipeline(Task), out, seed=seed, **sampling.settings({}))
-
-
-def nano_bench(
-    *,
-    count: Annotated[int, option("Pictures, questions and edits of each part.")] = 100,
-    clips: Annotated[int, option("Clips of the motion part.")] = 10,
-    seed: Annotated[int, option("Of the scenes and of the noise.")] = 1,
-    out: Annotated[Path | None, option("Folder for scores.json and a contact sheet.")] = None,
-    parts: Annotated[
-        tuple[str, ...],
-        option(
-            "Of one, two, held_out, questions, edits and motion (the default); and of boxes, words, several "
-            "and turns, which the bundled model has not learnt."
-        ),
-    ] = (),
-    sampling: SamplingOptions,
-    load: LoadOptions,
-) -> None:
-    """Score what the model draws, answers and edits in the world of shapes, by an exact judge.
-
-    For example:
-      openlance eval nano-bench --count 100 --out scores
-    """
-    from openlance.data.save import check_folder
-    from openlance.eval.nano_bench import run, table
-    from openlance.sequence.template import Task
-
-    if out is not None:
-        check_folder(out / "scores.json")
-    if min(count, clips) < 1:
-        raise InputError("--count and --clips must be at least 1")
-    check_seed(seed)
-    chosen: dict[str, Any] = {"parts": parts} if parts else {}
-    pipeline = load.pipeline(Task)
-    settings = sampling.settings({})
-    print(table(run(pipeline, count=count, clips=clips, seed=seed, out=out, **chosen, **settings)))
 
 
 def settings_in(file: Path) -> Settings:

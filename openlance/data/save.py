@@ -3,6 +3,9 @@
 A file appears under its name only when it is complete. Settings are any JSON object; they are kept in the
 file: PNG in the text chunk "openlance", JPEG and WebP in the EXIF user comment, GIF, MP4, MOV, MKV and WebM
 in the comment. All but the PNG hold {"openlance": settings}, to tell them from other comments.
+
+A file with settings is what a model made, and is marked so (`openlance.data.mark`): PNG, JPEG, WebP, MP4 and
+MOV in XMP, and all but the PNG beside the settings, as {"openlance": …, "digitalSourceType": …}.
 """
 
 import json
@@ -22,10 +25,11 @@ import av
 import numpy as np
 from av.video.reformatter import ColorRange, Colorspace
 from av.video.stream import VideoStream
-from PIL import ExifTags, Image, ImageDraw, ImageFont, ImageOps
+from PIL import ExifTags, Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
 from openlance.data.frames import Frames, Video, decoding, open_container
+from openlance.data.mark import DIGITAL_SOURCE_TYPE, XMP, XMP_CHUNK, xmp_box
 from openlance.data.media import Media, Source, load_image, open_image, opened
 from openlance.errors import InputError
 
@@ -53,10 +57,11 @@ def save_image(image: Source, path: str | Path, settings: Settings | None = None
     """
     path = Path(path).absolute()
     kind = _by_suffix(path, _PICTURES)
-    options: dict[str, Any] = {} if kind == "PNG" else {"quality": 95, "exif": _exif(settings)}
+    options: dict[str, Any] = {} if kind == "PNG" else {"quality": 95, **_inside(settings)}
     if kind == "PNG" and settings is not None:
         options["pnginfo"] = PngInfo()
         options["pnginfo"].add_itxt(_KEY, json.dumps(settings))
+        options["pnginfo"].add_itxt(XMP_CHUNK, XMP)
     picture = load_image(image)
     with _writing(path) as part:
         _write_pictures([picture], part, kind, **options)
@@ -198,13 +203,16 @@ def _write_video(video: Video, part: Path, settings: Settings | None, container:
             )
             output.mux(stream.encode(frame))
         output.mux(stream.encode(None))
+    if settings is not None and container in ("mp4", "mov"):
+        with part.open("ab") as file:
+            file.write(xmp_box())
 
 
 def _write_animation(video: Video, part: Path, settings: Settings | None, kind: str) -> None:
     unit = 10 if kind == "GIF" else 1  # ms; rounded so that the whole clip keeps its length
     ends = [round(index * 1000 / video.fps / unit) * unit for index in range(len(video) + 1)]
     pictures = [Image.fromarray(frame) for frame in video.frames]
-    options: dict[str, Any] = {"exif": _exif(settings), "quality": 90} if kind == "WEBP" else {}
+    options: dict[str, Any] = {**_inside(settings), "quality": 90} if kind == "WEBP" else {}
     if kind == "GIF" and settings is not None:
         options["comment"] = _wrap(settings).encode()
     durations = [end - start for start, end in pairwise(ends)]
@@ -229,14 +237,16 @@ _CLIPS: dict[str, Callable[[Video, Path, Settings | None], None]] = {
 
 
 def _wrap(settings: Settings) -> str:
-    return json.dumps({_KEY: settings})
+    return json.dumps({_KEY: settings, "digitalSourceType": DIGITAL_SOURCE_TYPE})
 
 
-def _exif(settings: Settings | None) -> Image.Exif:
+def _inside(settings: Settings | None) -> dict[str, Any]:
+    """What JPEG and WebP carry, as options of Pillow."""
+    if settings is None:
+        return {}
     exif = Image.Exif()
-    if settings is not None:
-        exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment] = _ASCII + _wrap(settings).encode()
-    return exif
+    exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment] = _ASCII + _wrap(settings).encode()
+    return {"exif": exif, "xmp": XMP.encode()}
 
 
 def _unwrap(name: str, comment: str | bytes) -> dict[str, Any]:
@@ -284,7 +294,7 @@ def _cell(caption: str, shown: Media | str, width: int, font: Font) -> Image.Ima
         picture = _text(shown, width, _CELL, font)
     else:
         picture = Image.new("RGB", (width, _CELL), _PAPER)
-        fitted = ImageOps.contain(shown.convert("RGB"), (width, _CELL))
+        fitted = _fit(shown.convert("RGB"), width, _CELL)
         picture.paste(fitted, ((width - fitted.width) // 2, (_CELL - fitted.height) // 2))
     label = _text(caption, width, 3 * _LINE + _GAP, font)
     cell = Image.new("RGB", (width, picture.height + label.height), _BACKGROUND)
@@ -300,13 +310,20 @@ def _strip(video: Video, width: int) -> Image.Image:
     count = min(len(video), max(1, (width - gap) // (max(1, each) + gap)))
     strip = Image.new("RGB", (gap + count * (each + gap), height + 2 * margin), _FILM)
     for place, index in enumerate(np.linspace(0, len(video) - 1, count).round().astype(int)):
-        frame = ImageOps.contain(Image.fromarray(video.frames[index]), (each, height))
+        frame = _fit(Image.fromarray(video.frames[index]), max(1, each), height)
         strip.paste(frame, (gap + place * (each + gap), margin + (height - frame.height) // 2))
     draw = ImageDraw.Draw(strip)
     for left in range(6, strip.width - 10, 20):
         for top in (4, height + margin + 4):
             draw.rounded_rectangle((left, top, left + 9, top + 7), 2, fill=_BACKGROUND)
     return strip
+
+
+def _fit(picture: Image.Image, width: int, height: int) -> Image.Image:
+    """As large as there is room, its shape kept, each side at least a pixel."""
+    scale = min(width / picture.width, height / picture.height)
+    sides = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
+    return picture.resize(sides, Image.Resampling.BICUBIC)
 
 
 def _text(text: str, width: int, height: int, font: Font) -> Image.Image:

@@ -28,11 +28,13 @@ class Cancelled(Exception):
 @dataclass(frozen=True, eq=False)
 class Step:
     """One denoising step done: its number from 1, of how many, and the latents so far
-    [frames, rows, columns, channels]. order: which of the requests that were given together, from 0."""
+    [frames, rows, columns, channels]. clean: where they lead, straight on to t = 0; of the same shape.
+    order: which of the requests that were given together, from 0."""
 
     number: int
     total: int
     latents: Tensor
+    clean: Tensor
     order: int = 0
 
 
@@ -216,10 +218,14 @@ def denoise_together(
     work = Denoising(model, targets, config)
     cancelled: dict[int, Cancelled] = {}
     clock = time_grid(config.steps, config.shift)
+    before = work.start
     for number, state in enumerate(euler(work.velocity, work.start, clock), start=1):
         latents = work.latents(state)
+        further = float(clock[number] / (clock[number - 1] - clock[number]))  # steps like this one
+        clean, before = work.latents(state + (state - before) * further), state
         for index in work.running:
-            if on_step is not None and on_step(Step(number, config.steps, latents[index], index)) is False:
+            step = Step(number, config.steps, latents[index], clean[index], index)
+            if on_step is not None and on_step(step) is False:
                 cancelled[index] = Cancelled(f"stopped after step {number} of {config.steps}")
                 work.drop(index)
         if not work.running:

@@ -36,7 +36,7 @@ def read(messages: Sequence[Mapping[str, Any]], config: ModelConfig) -> tuple[Ta
     for message in messages:
         if not isinstance(message, Mapping):
             raise InputError(f'unknown message {message!r}: give {{"role": "user", "content": …}}')
-    loaded = [(message.get("role", ""), _content(message.get("content"), config)) for message in messages]
+    loaded = [(message.get("role", ""), _content(message, config)) for message in messages]
     if not loaded or loaded[-1][0] != "user":
         raise InputError("a conversation must end with a user's message")
     media = [part for _, parts in loaded for part in parts if not isinstance(part, str)]
@@ -44,7 +44,7 @@ def read(messages: Sequence[Mapping[str, Any]], config: ModelConfig) -> tuple[Ta
     task = (Task.X2T_VIDEO if video else Task.X2T_IMAGE) if media else Task.CHAT
     turns = [Message(role, tuple(_see(part, config) for part in parts)) for role, parts in loaded]
     if turns[0].role != "system":
-        caption = not any(isinstance(part, str) for role, parts in loaded if role == "user" for part in parts)
+        caption = not any(isinstance(part, str) for part in loaded[-1][1])  # as in training
         turns.insert(0, Message("system", (system_prompt(task, config.system_prompts, caption=caption),)))
     return task, turns
 
@@ -61,9 +61,10 @@ def media_of(source: Any, config: ModelConfig) -> Media:
     return source.media if isinstance(source, Generated) else load(source, config.sizes)
 
 
-def _content(content: Any, config: ModelConfig) -> list[str | Media]:
+def _content(message: Mapping[str, Any], config: ModelConfig) -> list[str | Media]:
+    content = message.get("content")
     if isinstance(content, str):
-        return [prompt(content)]
+        return [content if message.get("role") == "assistant" else prompt(content)]  # a model may say nothing
     if not isinstance(content, (list, tuple)) or not content:
         raise InputError("a message's content must be a text, or a list of parts that is not empty")
     parts: list[str | Media] = []

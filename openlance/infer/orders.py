@@ -370,9 +370,13 @@ def new_seed() -> int:
 
 
 def _seed(settings: dict[str, Any]) -> int:
-    """Taken out of the settings; a new one where there is none."""
+    """Taken out of the settings; a new one where there is none. Raises InputError for what is no seed."""
     seed = settings.pop("seed", None)
-    return new_seed() if seed is None else seed
+    if seed is None:
+        return new_seed()
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
+        raise InputError(f"seed must be a whole number from 0 to 2^63 - 1, not {seed!r}")
+    return seed
 
 
 Config = TypeVar("Config", SamplingConfig, TextConfig, Sizes)

@@ -15,6 +15,7 @@ from typing_extensions import Unpack
 from openlance.config import ModelConfig
 from openlance.data.media import Frames, Source, Video, from_vae_pixels
 from openlance.errors import InputError
+from openlance.infer.conversation import Conversation
 from openlance.infer.device import pick_device
 from openlance.infer.generate import (
     Cancelled,
@@ -139,13 +140,13 @@ class LancePipeline:
     ) -> Iterator[tuple[int, Result]]:
         """Run orders together and yield (index, result) as they are done.
 
-        Each gives what it gives alone, up to the rounding of sums. Answers go together, and targets with the
-        same sampling settings, as many as have `max_tokens_together` tokens: their sequences, once for each
-        guidance branch; that bounds the memory. `on_step` is called for each generating order, `Step.order`
-        its index; where it returns False, that order alone stops, and its result is a `Cancelled`. `on_text`
-        is called for each answering order and word, with its index and the text that is decided; where it
-        returns False, that answer ends there, its `finish` "cancelled". Those that ran together share the
-        time equally in their `seconds`.
+        Each gives what it gives alone, up to the rounding of sums. Answers go together, each there as soon as
+        it ends, and targets with the same sampling settings, as many as have `max_tokens_together` tokens:
+        their sequences, once for each guidance branch; that bounds the memory. `on_step` is called for each
+        generating order, `Step.order` its index; where it returns False, that order alone stops, and its
+        result is a `Cancelled`. `on_text` is called for each answering order and word, with its index and the
+        text that is decided; where it returns False, that answer ends there, its `finish` "cancelled". Those
+        that ran together share the time equally in their `seconds`.
         """
         for order in orders:
             if not isinstance(order, (GenerateOrder, AnswerOrder)):
@@ -248,7 +249,10 @@ class LancePipeline:
         self, messages: Sequence[Mapping[str, Any]], **options: Unpack[TextOptions]
     ) -> TextStream:
         """Like `chat`, in pieces as they come; `tokens` and `finish` of the stream are known at its end."""
-        order = self.order.chat(messages, **options)
+        return self.stream_order(self.order.chat(messages, **options))
+
+    def stream_order(self, order: AnswerOrder) -> TextStream:
+        """Like `run` of one answering order, in pieces as they come."""
         ids = speak(
             self.model,
             order.sample,
@@ -258,6 +262,10 @@ class LancePipeline:
             generator=torch.Generator().manual_seed(order.seed),
         )
         return TextStream(ids, self.tokenizer, self._ends, order.text.stop)
+
+    def conversation(self, system: str | None = None) -> Conversation:
+        """A conversation that remembers its turns. system: replaces the checkpoint's prompt for answers."""
+        return Conversation(self, system)
 
     def load_adapter(self, folder: str | Path, name: str = "default") -> None:
         """Add a LoRA adapter, as `openlance train` or PEFT wrote it, under a name; it is now the active
@@ -296,10 +304,10 @@ class LancePipeline:
             answers = [order for index in group if isinstance(order := orders[index], AnswerOrder)]
             targets = [order for index in group if isinstance(order := orders[index], GenerateOrder)]
             if answers:
-                found: Iterator[Result] = self._answer(answers, _renumbered_text(on_text, group))
+                found = self._answer(answers, _renumbered_text(on_text, group))
             else:
-                found = self._generate(targets, _renumbered(on_step, group))
-            yield from zip(group, found, strict=True)
+                found = enumerate(self._generate(targets, _renumbered(on_step, group)))
+            yield from ((group[place], result) for place, result in found)
 
     def _generate(
         self, orders: list[GenerateOrder], on_step: OnStep | None
@@ -348,7 +356,8 @@ class LancePipeline:
         """Ids that end an answer."""
         return frozenset({self.config.tokens.im_end, self.config.tokens.endoftext})
 
-    def _answer(self, orders: list[AnswerOrder], on_text: OnText | None) -> Iterator[Answer]:
+    def _answer(self, orders: list[AnswerOrder], on_text: OnText | None) -> Iterator[tuple[int, Result]]:
+        """(index, answer), each as it ends."""
         start = time.perf_counter()
         voices = [Voice(o.sample, o.text, torch.Generator().manual_seed(o.seed)) for o in orders]
         streams = {voice: TextStream((), self.tokenizer, self._ends, voice.config.stop) for voice in voices}
@@ -361,16 +370,18 @@ class LancePipeline:
 
         for said in speak_together(self.model, voices, allowed=self.tokenizer.size, stop=self._ends):
             for voice in said:
-                stream = streams[voice]
+                stream, order = streams[voice], orders[number[voice]]
                 hear(voice, stream.push(voice.spoken[-1]))
                 voice.ended |= stream.finish == "stop"
-        for voice, stream in streams.items():
-            if stream.finish != "cancelled" and (rest := stream.rest()):
-                hear(voice, rest)
-        seconds = (time.perf_counter() - start) / len(orders)
-        for order, voice in zip(orders, voices, strict=True):
-            stream = streams[voice]
-            yield Answer(texts[voice], stream.tokens, stream.finish, dict(order.record), {"answer": seconds})
+                if not voice.ended:
+                    continue
+                if stream.finish != "cancelled" and (rest := stream.rest()):
+                    hear(voice, rest)
+                seconds = {"answer": (time.perf_counter() - start) / len(orders)}
+                yield (
+                    number[voice],
+                    Answer(texts[voice], stream.tokens, stream.finish, dict(order.record), seconds),
+                )
 
 
 def _renumbered(on_step: OnStep | None, group: list[int]) -> OnStep | None:

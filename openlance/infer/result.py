@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+from base64 import b64encode
 from dataclasses import dataclass, field
+from html import escape
 from io import BytesIO
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from PIL import Image
 
-from openlance.data.media import Frames, Video
-from openlance.data.save import save_image, save_video
+from openlance.data.media import Frames, Media, Video
+from openlance.data.save import save_image, save_json, save_video
+from openlance.errors import InputError
 from openlance.sequence.template import Message
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Generated:
     """A picture or clip.
 
@@ -50,15 +54,23 @@ class Generated:
             return save_image(self.image, path, self.settings)
         return save_video(self.frames, path, self.fps, self.settings)
 
+    def __repr__(self) -> str:
+        count, height, width, _ = self.frames.shape
+        what = "picture" if self.fps is None else f"clip of {count} frames"
+        return f"<{what}, {height}x{width}, seed {self.settings.get('seed')}>"
+
     def _repr_png_(self) -> bytes:
-        buffer = BytesIO()
-        self.image.save(buffer, "PNG")
-        return buffer.getvalue()
+        return _png(self.image)
+
+    def _repr_html_(self) -> str | None:
+        """A notebook plays a clip; a picture is shown by `_repr_png_`."""
+        return None if self.fps is None else as_html(self.media)
 
 
 @dataclass(frozen=True)
 class Answer:
-    """Words. finish: "stop" where the model ended or a stop string came, "length" at the limit."""
+    """Words. finish: "stop" where the model ended or a stop string came, "length" at the limit, "cancelled"
+    where whoever heard the words had enough."""
 
     text: str
     tokens: int
@@ -66,5 +78,39 @@ class Answer:
     settings: dict[str, Any] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
 
+    def save(self, path: str | Path) -> Path:
+        """Write the words and their settings to a .json file, and give its absolute path.
+
+        Raises InputError for another suffix or a path that cannot be written.
+        """
+        if Path(path).suffix.lower() != ".json":
+            raise InputError(f"{path}: the name must end in .json")
+        told = {"answer": self.text, "tokens": self.tokens, "finish": self.finish}
+        return save_json({**told, "openlance": self.settings, "seconds": self.seconds}, path)
+
     def __str__(self) -> str:
         return self.text
+
+    def _repr_html_(self) -> str:
+        return words_as_html(self.text)
+
+
+def as_html(media: Media) -> str:
+    """A picture or clip as an element that holds its bytes."""
+    if not isinstance(media, Video):
+        return f'<img src="data:image/png;base64,{b64encode(_png(media)).decode()}">'
+    with TemporaryDirectory() as folder:
+        data = save_video(media.frames, Path(folder) / "clip.mp4", media.fps).read_bytes()
+    source = f"data:video/mp4;base64,{b64encode(data).decode()}"
+    return f'<video controls loop autoplay muted playsinline src="{source}"></video>'
+
+
+def words_as_html(text: str) -> str:
+    """Words as they stand: nothing in them counts as HTML."""
+    return f'<div style="white-space: pre-wrap">{escape(text)}</div>'
+
+
+def _png(image: Image.Image) -> bytes:
+    buffer = BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()

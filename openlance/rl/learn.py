@@ -214,7 +214,7 @@ class Learner:
                 f"the loss at step {run.step} is not a number (loss {numbers['loss'][0]}, gradient norm "
                 f"{numbers['norm'][0]}); the weights are as before it. Prompts: {', '.join(names)}"
             )
-        run.learn(rate)
+        run.learn(numbers["rate"][0])
         return numbers
 
     @torch.no_grad()

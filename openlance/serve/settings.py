@@ -43,6 +43,8 @@ class ServeConfig:
     """SHA-256 of each key that is let in, in hexadecimal; none: everybody is."""
     max_body: int = 64 * 2**20
     """Bytes of a request."""
+    max_text: int = 200_000
+    """Characters that are said in a request."""
     max_pixels: int = 40_000_000
     """Of a picture that is sent, or a frame."""
     max_input_frames: int = 3_000

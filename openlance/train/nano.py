@@ -95,12 +95,12 @@ HELD_OUT_PACKS = 2
 
 @dataclass(frozen=True)
 class NanoRecipe:
-    """How long the frozen parts take, in minutes: the VAE on pictures, its decoder alone, the VAE on clips, and
+    """How long the frozen parts take, in minutes: the VAE on pictures, on clips, and its decoder alone, and
     the ViT; encoded items of each of `KINDS`."""
 
     vae_minutes: float = 18.0
-    decoder_minutes: float = 25.0
-    clip_minutes: float = 10.0
+    clip_minutes: float = 35.0
+    decoder_minutes: float = 45.0
     vision_minutes: float = 9.0
     items: tuple[int, ...] = (20_000, 4_000, 1_000, 600, 6_000, 3_000, 3_000, 400)
 
@@ -156,8 +156,8 @@ def make_parts(folder: Path, recipe: NanoRecipe | None = None, *, threads: int =
     if not (folder / "vae.safetensors").exists():
         train_vae(folder, recipe.vae_minutes, threads=threads)
     if not stored(folder, CLIP, "latents").exists():
-        train_decoder(folder, recipe.decoder_minutes, threads=threads)
         train_clips(folder, recipe.clip_minutes, threads=threads)
+        train_decoder(folder, recipe.decoder_minutes, threads=threads)
     config = replace(config, vae=read_vae_config(folder))
     vae = _frozen(VAE(config.vae), folder / "vae.safetensors")
     for kind, count in zip(KINDS, recipe.items, strict=True):

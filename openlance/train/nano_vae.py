@@ -84,32 +84,12 @@ def train_vae(
     return finish(vae, config, run_dir, run)
 
 
-def train_decoder(run_dir: Path, minutes: float, seed: int = 0, threads: int = 1) -> dict:
-    """Teach the decoder alone to draw sharply, for `minutes` in all, going on from `run_dir/decoder.pt`.
-
-    Latents of pictures stay bit for bit, so a model may train on them meanwhile. Reads and rewrites
-    `vae.safetensors` and `vae.json` in `run_dir`.
-    """
-    torch.set_num_threads(threads)
-    torch.manual_seed(seed)
-    vae = _trained(run_dir)
-    vae.requires_grad_(False)
-    for module in (vae.net.decoder, vae.net.post_quant_conv):
-        module.requires_grad_(True)
-    optimizers = _optimizers(*split_parameters(vae))
-    parts = {"vae": vae, "muon": optimizers[0], "adamw": optimizers[1]}
-    run = TimedRun(run_dir / "decoder.pt", minutes, parts, np.random.default_rng(seed))
-    for progress in run.progress():
-        learn(*decoded(vae, run), optimizers, run, progress)
-    return finish(vae, vae.config, run_dir, run)
-
-
 def train_clips(run_dir: Path, minutes: float, seed: int = 0, threads: int = 1) -> dict:
     """Teach a VAE that knows pictures motion, for `minutes` in all, going on from `run_dir/clips.pt`.
 
     The decoder goes on learning, on pictures too; of the encoder learns only what pictures do not use, so
-    that their latents stay bit for bit. Reads and rewrites `vae.safetensors` and `vae.json` in `run_dir`; the
-    mean and std stay.
+    that their latents stay bit for bit. `train_decoder` comes after it. Reads and rewrites
+    `vae.safetensors` and `vae.json` in `run_dir`; the mean and std stay.
     """
     torch.set_num_threads(threads)
     torch.manual_seed(seed)
@@ -127,10 +107,31 @@ def train_clips(run_dir: Path, minutes: float, seed: int = 0, threads: int = 1) 
     return finish(vae, vae.config, run_dir, run)
 
 
-def decoded(vae: VAE, run: TimedRun) -> tuple[Tensor, float]:
-    """As `losses`, of the decoder alone, on latents of pictures disturbed as those are that a model draws."""
+def train_decoder(run_dir: Path, minutes: float, seed: int = 0, threads: int = 1) -> dict:
+    """Teach the decoder alone to draw sharply, for `minutes` in all, going on from `run_dir/decoder.pt`.
+
+    All latents stay bit for bit, so a model may train on them meanwhile. Reads and rewrites
+    `vae.safetensors` and `vae.json` in `run_dir`.
+    """
+    torch.set_num_threads(threads)
+    torch.manual_seed(seed)
+    vae = _trained(run_dir)
+    for half in (vae.net.encoder, vae.net.quant_conv):
+        half.requires_grad_(False)
+    optimizers = _optimizers(*split_parameters(vae))
+    parts = {"vae": vae, "muon": optimizers[0], "adamw": optimizers[1]}
+    run = TimedRun(run_dir / "decoder.pt", minutes, parts, np.random.default_rng(seed))
+    for progress in run.progress():
+        clip = run.step % 4 == 3
+        learn(*decoded(vae, run, clip=clip), optimizers, run, progress)
+    return finish(vae, vae.config, run_dir, run)
+
+
+def decoded(vae: VAE, run: TimedRun, *, clip: bool = False) -> tuple[Tensor, float]:
+    """As `losses`, of the decoder alone, on latents disturbed as those are that a model draws."""
     whole = run.step % 2 == 0
-    pixels, weight = batch(run.rng, 1, 6 if whole else 16, SIDE if whole else CROP, DECODED)
+    frames, count = (9, 2) if clip else (1, 6 if whole else 16)
+    pixels, weight = batch(run.rng, frames, count, SIDE if whole and not clip else CROP, DECODED)
     with torch.no_grad():
         latents = vae.posterior(pixels)[0]
         strength = DISTURBED * vae.config.std[0] * torch.rand(len(latents), 1, 1, 1, 1)

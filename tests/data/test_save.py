@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import resource
 import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from xml.etree import ElementTree
 
 import av
 import numpy as np
@@ -49,6 +51,55 @@ def test_clips_keep_their_frames_rate_and_settings(suffix: str, tmp_path: Path) 
     assert video.fps == pytest.approx(12, rel=0.01)  # gif counts in hundredths of a second
     np.testing.assert_allclose(levels_of(video.frames), levels, atol=3)  # lossy
     assert read_settings(path) == SETTINGS
+
+
+DIGITAL_SOURCE_TYPE = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"
+
+
+def xmp_of(path: Path) -> bytes:
+    """The XMP packet of a picture, or of an MP4 or MOV file: a box of its own."""
+    if path.suffix in (".png", ".jpg", ".webp"):
+        found = Image.open(path).info.get("xmp", b"")
+        return found.encode() if isinstance(found, str) else found
+    data = memoryview(path.read_bytes())
+    while data:
+        size = int.from_bytes(data[:4])
+        if data[4:8] == b"uuid" and data[8:24].hex() == "be7acfcb97a942e89c71999491e3afac":
+            return bytes(data[24:size])
+        data = data[size:]
+    return b""
+
+
+def source_type(packet: bytes) -> str | None:
+    """As a reader of XMP finds it."""
+    root = ElementTree.fromstring(packet.decode())
+    rdf = "{http://www.w3.org/1999/02/22-rdf-syntax-ns#}"
+    [description] = root.iter(f"{rdf}Description")
+    return description.get("{http://iptc.org/std/Iptc4xmpExt/2008-02-29/}DigitalSourceType")
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.webp", "b.webp", "b.mp4", "b.mov"])
+def test_what_a_model_made_says_so_in_xmp(name: str, tmp_path: Path) -> None:
+    for settings in (SETTINGS, None):  # settings are those of a model; other files carry none
+        if name.startswith("a."):
+            path = save_image(PIXELS, tmp_path / name, settings)
+        else:
+            path = save_video(grey_levels([20, 120]), tmp_path / name, 12, settings)
+        packet = xmp_of(path)
+        assert (source_type(packet) if packet else None) == (DIGITAL_SOURCE_TYPE if settings else None)
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "mov", "mkv", "webm"])
+def test_what_a_model_made_says_so_in_the_comment(suffix: str, tmp_path: Path) -> None:
+    path = save_video(grey_levels([20, 120]), tmp_path / f"a.{suffix}", 12, SETTINGS)
+    with av.open(str(path)) as container:
+        tags = {key.lower(): value for key, value in container.metadata.items()}
+    assert json.loads(tags["comment"]) == {"openlance": SETTINGS, "digitalSourceType": DIGITAL_SOURCE_TYPE}
+
+
+def test_what_a_model_made_says_so_in_a_gif(tmp_path: Path) -> None:
+    path = save_video(grey_levels([20, 120]), tmp_path / "a.gif", 12, SETTINGS)
+    assert json.loads(Image.open(path).info["comment"])["digitalSourceType"] == DIGITAL_SOURCE_TYPE
 
 
 def test_colours_survive(tmp_path: Path) -> None:

@@ -286,3 +286,18 @@ def test_an_answer_ends_where_its_listener_left(lance: LancePipeline) -> None:
     left, whole = lance.run(orders, on_text=lambda order, _: order == 1)
     assert (left.finish, left.tokens) == ("cancelled", 1)
     assert whole.tokens > 1
+
+
+def test_an_answer_does_not_wait_for_a_longer_one(lance: LancePipeline) -> None:
+    ask = [{"role": "user", "content": "a"}]
+    heard: list[int] = []
+    orders = [lance.order.chat(ask, seed=1, max_tokens=count) for count in (6, 1)]
+    each = lance.run_each(orders, on_text=lambda order, _: heard.append(order))
+    assert next(each)[0] == 1 and heard.count(0) <= 1
+    assert [index for index, _ in each] == [0] and heard.count(0) > 1
+
+
+@pytest.mark.parametrize("seed", [-1, 2**63, 1.5, "1", True])
+def test_what_is_no_seed_is_refused(lance: LancePipeline, seed: Any) -> None:
+    with pytest.raises(InputError, match="seed"):
+        lance.order.generate_image("a", seed=seed)

@@ -1,0 +1,1 @@
+"""openlance as a plugin of lmms-eval."""
