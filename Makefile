@@ -58,7 +58,7 @@ format: $(READY)
 	$(BIN)/ruff format .
 
 # Two processes of one thread each: on two cores faster than one process of two threads.
-TRAIN := OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node 2 -m openlance train --resume
+TRAIN := OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node 2 -m openlance train --resume --replicas 2
 
 nano: $(READY)
 	$(TRAIN) --preset nano-pt

@@ -99,7 +99,7 @@ def create_app(config: ServeConfig, engine: Counted | None = None) -> FastAPI:
     app.include_router(health)
     app.include_router(metrics.router)
     shown_key = Security(HTTPBearer(auto_error=False, description="an API key, where the server has any"))
-    for module in (models, chat, images, videos):
+    for module in (models, chat, images, *([videos] if config.videos else [])):
         app.include_router(module.router, dependencies=[shown_key, Depends(_when_loaded)])
     app.add_middleware(BodyLimit, most=config.max_body)
     app.add_middleware(Keys, hashes=config.api_keys)

@@ -27,6 +27,8 @@ class ServeConfig:
     port: int = 8000
     page: bool = True
     """Whether the web page is at /."""
+    videos: bool = True
+    """Whether clips can be asked for as jobs, at /v1/videos."""
 
     queue: int = 64
     """Jobs that may wait; more are refused with 429."""

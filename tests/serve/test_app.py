@@ -132,6 +132,7 @@ def _installed(module: str) -> bool:
 # -- how it begins and ends, each with a server of its own ---------------------------------------------
 
 
+@pytest.mark.slow
 def test_it_tells_that_it_is_loading_and_finishes_what_it_accepted(tmp_path: Path) -> None:
     """SIGTERM while a request runs: it is answered, new ones are refused, and the exit code is 0."""
     with serving(tmp_path, ready=False) as server:
@@ -153,6 +154,7 @@ def test_it_tells_that_it_is_loading_and_finishes_what_it_accepted(tmp_path: Pat
         assert not [line for line in server.log() if line["level"] == "error"]
 
 
+@pytest.mark.slow
 def test_what_takes_longer_than_the_patience_is_told(tmp_path: Path) -> None:
     """Ctrl-C with little patience: the client hears 503."""
     with serving(tmp_path, patience=1) as server:

@@ -33,7 +33,7 @@ class Visit:
     def __init__(self, browser: Any, address: str, width: int = 1280):
         self.strange: list[str] = []
         self.page = browser.new_context(viewport={"width": width, "height": 900}).new_page()
-        self.page.set_default_timeout(PATIENCE * 1000)
+        self.page.set_default_timeout(PATIENCE / 4 * 1000)
         self.page.on("console", self._heard)
         self.page.on("pageerror", lambda error: self.strange.append(str(error)))
         self.page.on("request", lambda request: self._asked(request.url, address))
@@ -66,9 +66,12 @@ class Visit:
     def field(self, label: str) -> Any:
         return self.see(self.page.get_by_label(label, exact=True))
 
+    def unfold(self, name: str) -> None:
+        self.see(self.page.get_by_role("button", name=name)).click()
+
     def set(self, **sampling: Any) -> None:
         """Settings of the tab's Advanced, which is opened. Names as labels, in lower case."""
-        self.press("Advanced")
+        self.unfold("Advanced")
         for name, value in sampling.items():
             label = name.capitalize()
             self.field("number input for Steps" if name == "steps" else label).fill(str(value))
@@ -147,7 +150,7 @@ def test_the_same_seed_gives_the_same_picture_and_a_file_its_settings(visit: Vis
     line = visit.said("done in")
     visit.press("Generate")
     assert visit.done(line) != first
-    visit.press("Settings of a picture or clip made here")
+    visit.unfold("Settings of a picture or clip made here")
     visit.field("Prompt").fill("something else")
     visit.upload(picture, "kept.png")
     visit.said("settings restored")
