@@ -14,6 +14,7 @@ import uvicorn
 from openlance.errors import InputError
 from openlance.serve.app import Running, create_app
 from openlance.serve.logs import write_json_lines
+from openlance.serve.security import Local
 from openlance.serve.settings import ServeConfig
 
 CLOSING = 5
@@ -27,6 +28,8 @@ def run(config: ServeConfig) -> None:
     Raises InputError for a configuration that cannot be, a port that is taken, or a model that does not load.
     """
     app = create_app(config)
+    if not config.api_keys:
+        app.add_middleware(Local)
     running: Running = app.state.running
     with listen(config.host, config.port) as listener:
         write_json_lines()

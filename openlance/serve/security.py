@@ -10,6 +10,7 @@ import re
 import secrets
 from collections.abc import Collection
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -111,6 +112,26 @@ class Keys:
         return sum(hmac.compare_digest(shown, known) for known in self.hashes) > 0
 
 
+class Local:
+    """For a server without keys: lets programs of this machine and the server's own page through, not what
+    other sites have a browser send.
+
+    A browser says which site asks (`Origin`), and under which name it found the server (`Host`): a site that
+    has its own name resolve to this machine is known by the latter.
+    """
+
+    def __init__(self, app: ASGIApp):
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "lifespan":
+            headers = Headers(scope=scope)
+            if not _from_here(headers.get("host", ""), headers.get("origin")):
+                error = ApiError(403, "this server takes requests of this machine only", code="forbidden")
+                return await error_response(error)(scope, receive, send)
+        await self.app(scope, receive, send)
+
+
 class BodyLimit:
     """Refuses bodies beyond a number of bytes with 413: by their header, or, without one, as they come."""
 
@@ -142,6 +163,14 @@ class BodyLimit:
             code="request_too_large",
             headers={"Connection": "close"},  # the rest of the body is not read
         )
+
+
+def _from_here(host: str, origin: str | None) -> bool:
+    try:
+        name, site = urlsplit(f"//{host}").hostname, host if origin is None else urlsplit(origin).netloc
+    except ValueError:  # no address at all
+        return False
+    return _is_loopback(name or "") and site == host
 
 
 def _shown_key(header: str, *, basic: bool) -> str | None:

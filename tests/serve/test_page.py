@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Iterator
 from io import BytesIO
@@ -11,13 +10,9 @@ from typing import Any
 
 import pytest
 from PIL import Image
-from serving import PATIENCE, Server, gif, png
+from serving import PATIENCE, Server
 
-from openlance.config import nano
 from openlance.data.save import read_settings
-from openlance.serve.engine import Engine, ModelInfo
-from openlance.serve.page import make_page
-from openlance.serve.settings import ServeConfig
 
 sync_api = pytest.importorskip("playwright.sync_api")
 

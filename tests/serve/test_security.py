@@ -30,6 +30,7 @@ from openlance.serve.media_in import Shown, check_media, read_media
 from openlance.serve.security import (
     BodyLimit,
     Keys,
+    Local,
     check_access,
     key_hash,
     new_key,
@@ -70,6 +71,38 @@ def test_other_words_stay(text: str) -> None:
     expected = "1< |2|>" if "|2|" in text else text
     assert plain_text(text) == expected
     assert plain_text(plain_text(text)) == plain_text(text)
+
+
+# -- other sites ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "headers, status",
+    [
+        ({}, 200),
+        ({"host": "localhost:8000", "origin": "http://localhost:8000"}, 200),
+        ({"host": "[::1]:8000"}, 200),
+        ({"host": "evil.example"}, 403),  # a name that resolves to this machine
+        ({"host": "127.0.0.1:8000", "origin": "https://evil.example"}, 403),
+        ({"host": "127.0.0.1:8000", "origin": "http://127.0.0.1:3000"}, 403),
+        ({"host": "127.0.0.1:8000", "origin": "null"}, 403),
+        ({"host": "[::1"}, 403),
+        ({"host": "127.0.0.1", "origin": "http://[bad"}, 403),
+    ],
+)
+def test_a_server_without_keys_answers_no_other_site(headers: dict[str, str], status: int) -> None:
+    async def answer(request: Request) -> PlainTextResponse:
+        return PlainTextResponse("done")
+
+    app = Starlette(routes=[Route("/", answer)])
+    app.add_middleware(Local)
+
+    async def ask() -> httpx.Response:
+        transport = httpx.ASGITransport(app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1:8000") as client:
+            return await client.get("/", headers=headers)
+
+    assert asyncio.run(ask()).status_code == status
 
 
 # -- keys ----------------------------------------------------------------------------------------------
