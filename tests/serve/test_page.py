@@ -55,6 +55,25 @@ class Visit:
     def open(self, tab: str) -> None:
         self.see(self.page.get_by_role("tab", name=tab)).click()
 
+    @property
+    def tab(self) -> Any:
+        """The tab that is open."""
+        return self.page.get_by_role("tabpanel").locator("visible=true")
+
+    def shows(self, words: str) -> None:
+        """Wait until the tab has these words."""
+        self.see(self.tab.get_by_text(words)).wait_for()
+
+    def ask(self, words: str) -> None:
+        box = self.see(self.tab.locator("textarea"))
+        if words:
+            box.fill(words)
+        box.press("Enter")
+
+    def answer(self) -> str:
+        """The last one, as far as it has come."""
+        return self.page.get_by_test_id("bot").last.inner_text().strip()
+
     def press(self, name: str) -> None:
         self.see(self.page.get_by_role("button", name=name, exact=True)).click()
 
@@ -92,7 +111,7 @@ class Visit:
 
     def upload(self, data: bytes, name: str, box: int = 0) -> None:
         """Into one of the tab's boxes for pictures."""
-        inputs = self.page.locator("[role=tabpanel]").locator("visible=true").locator("input[type=file]")
+        inputs = self.tab.locator("input[type=file]")
         inputs.nth(box).set_input_files({"name": name, "mimeType": "", "buffer": data})
 
 
@@ -123,7 +142,7 @@ def test_a_picture_by_keyboard_its_seed_and_its_file(visit: Visit, browser: Any,
     visit.page.keyboard.press("Enter")
     seed = visit.done()
     assert visit.field("Seed").input_value() == str(seed)
-    shown = visit.see(visit.page.get_by_label("Made").locator("img"))
+    shown = visit.see(visit.page.locator(".grid-wrap img"))
     assert shown.evaluate("image => [image.naturalWidth, image.naturalHeight]") == [96, 96]
     data = visit.download()
     settings = read_settings(data)
@@ -154,3 +173,173 @@ def test_the_same_seed_gives_the_same_picture_and_a_file_its_settings(visit: Vis
     visit.press("Generate")
     assert visit.done() == first
     assert Image.open(BytesIO(visit.download())).tobytes() == Image.open(BytesIO(picture)).tobytes()
+
+
+@pytest.mark.slow
+def test_a_preview_and_cancel(visit: Visit) -> None:
+    visit.set(steps=500)
+    visit.field("Prompt").fill(WORDS)
+    visit.press("Generate")
+    visit.see(visit.page.get_by_alt_text("number 1 so far")).wait_for()
+    assert re.fullmatch(r"step \d+ of 500", visit.said("step"))
+    visit.press("Cancel")
+    visit.said("cancelled")
+    assert visit.page.locator(".grid-wrap img").count() == 0
+
+
+@pytest.mark.slow
+def test_who_leaves_takes_their_jobs_along(browser: Any, server: Server) -> None:
+    leaving = Visit(browser, server.address)
+    leaving.set(steps=500)
+    leaving.field("Prompt").fill(WORDS)
+    leaving.press("Generate")
+    leaving.said("step")
+    assert server.metric("openlance_jobs_running") == 1
+    leaving.page.context.close()
+    end = time.monotonic() + PATIENCE / 4
+    while server.metric("openlance_jobs_running") and time.monotonic() < end:
+        time.sleep(0.5)
+    assert server.metric("openlance_jobs_running") == 0
+
+
+@pytest.mark.slow
+def test_edits_go_on_from_any_turn(visit: Visit) -> None:
+    visit.open("Edit")
+    visit.set(steps=2)
+    visit.see(visit.page.get_by_text("make the circle green")).click()
+    turns, line = visit.tab.locator(".thumbnails button"), ""
+    for words in ("make the circle green", "change the background to beige", "make the star red"):
+        visit.shows("goes on from turn")
+        if words == "make the star red":
+            turns.nth(1).click()
+            visit.shows("goes on from turn 1")
+        visit.field("Instruction").fill(words)
+        visit.field("Instruction").press("Enter")
+        visit.done(line)
+        line = visit.said("done in")
+    visit.shows("goes on from turn 3")
+    assert [turn.locator("img").get_attribute("title") for turn in turns.all()] == [
+        "0 · as it was",
+        "1 · make the circle green",
+        "2 · change the background to beige",
+        "3 · make the star red (from 1)",
+    ]
+
+
+@pytest.mark.slow
+def test_a_clip_is_edited_and_asked_about(visit: Visit) -> None:
+    visit.open("Edit")
+    visit.set(steps=2)
+    visit.upload(gif(), "moving.gif")
+    visit.shows("goes on from turn 0")
+    visit.field("Instruction").fill("make the square red")
+    visit.press("Edit")
+    visit.done()
+    assert read_settings(visit.download())["task"] == "video_edit"
+    visit.press("Ask about this")
+    visit.see(visit.page.get_by_role("tab", name="Ask", selected=True)).wait_for()
+    visit.ask("")
+    visit.said("tokens")
+    assert visit.page.get_by_test_id("bot").count() == 1
+
+
+@pytest.mark.slow
+def test_animate_shows_a_clip(visit: Visit) -> None:
+    visit.open("Animate")
+    visit.set(steps=2)
+    visit.upload(png(96, 96), "first.png")
+    visit.field("What happens").fill("a circle growing")
+    visit.press("Animate")
+    seed = visit.done()
+    clip = visit.see(visit.tab.locator("video"))
+    visit.page.wait_for_function("clip => clip.readyState >= 2", arg=clip.element_handle())
+    assert clip.evaluate("clip => [clip.videoWidth, clip.videoHeight]") == [96, 96]
+    settings = read_settings(visit.download())
+    assert (settings["task"], settings["frames"], settings["seed"]) == ("i2v", 9, seed)
+
+
+@pytest.mark.slow
+def test_a_result_becomes_a_subject(visit: Visit) -> None:
+    visit.set(steps=2)
+    visit.field("Prompt").fill(WORDS)
+    visit.press("Generate")
+    visit.done()
+    visit.press("Use as subject")
+    visit.see(visit.page.get_by_role("tab", name="Subject", selected=True)).wait_for()
+    visit.set(steps=2)
+    visit.field("number input for Number").fill("2")
+    visit.field("Prompt").fill("the circle at the bottom on black")
+    visit.press("Draw")
+    visit.said(" to ")
+    settings = read_settings(visit.download())
+    assert (settings["task"], settings["prompt"]) == ("subject_image", "the circle at the bottom on black")
+    assert visit.page.locator(".results .grid-wrap img").count() == 3
+
+
+@pytest.mark.slow
+def test_answers_come_word_by_word_can_be_stopped_and_cleared(visit: Visit) -> None:
+    visit.open("Ask")
+    visit.see(visit.page.get_by_text("how many shapes are there?")).click()
+    visit.see(visit.tab.get_by_label("Remove file").or_(visit.tab.locator(".thumbnail-item"))).wait_for()
+    visit.ask("")
+    visit.said("tokens")
+    assert visit.answer() == "two"
+    visit.press("Clear")
+    visit.see(visit.page.get_by_test_id("bot")).wait_for(state="detached")
+    visit.unfold("Advanced")
+    visit.field("number input for Tokens, at most").fill("8000")
+    visit.field("number input for Temperature; 0: the likeliest words").fill("2")
+    visit.ask("tell me everything")
+    lengths, end = set[int](), time.monotonic() + PATIENCE / 4
+    while len(lengths) < 4 and time.monotonic() < end:
+        lengths.add(len(visit.answer()))
+    assert len(lengths) >= 4, "it grows"
+    visit.press("Stop")
+    visit.said("stopped")
+    assert len(visit.answer()) >= max(lengths)
+
+
+@pytest.mark.slow
+def test_what_cannot_be_done_is_said(visit: Visit) -> None:
+    visit.press("Generate")
+    visit.said("the prompt is empty")
+    visit.field("Prompt").fill(WORDS)
+    visit.field("number input for Number").fill("8")
+    visit.press("Generate")
+    visit.said("the server is busy")  # eight at once, and four may wait
+    visit.open("Edit")
+    visit.field("Instruction").fill("make it red")
+    visit.press("Edit")
+    visit.said("there is nothing to edit yet")
+    visit.upload(b"no picture", "broken.png")
+    visit.said("no picture or clip of a known kind")
+    visit.open("Ask")
+    visit.ask("")
+    visit.said("nothing is asked")
+
+
+@pytest.mark.slow
+def test_on_a_phone_nothing_is_wider_than_the_screen(browser: Any, server: Server) -> None:
+    phone = Visit(browser, server.address, width=390)
+    for tab in TABS:
+        phone.open(tab)
+        phone.see(phone.tab.locator("textarea")).wait_for()
+        assert phone.page.evaluate("document.documentElement.scrollWidth") == 390, tab
+    phone.page.context.close()
+    assert phone.strange == []
+
+
+def test_the_controls_are_within_the_limits_and_say_what_the_model_cannot() -> None:
+    config = ServeConfig(max_steps=7, max_frames=12, max_pictures=3, max_size=100)
+    engine = Engine(config)
+    engine.model = ModelInfo("small", frozenset({"t2i", "t2v"}), nano(), ())
+    parts = [part["props"] for part in make_page(engine, config).get_config_file()["components"]]
+    sliders = {part["label"]: part for part in parts if "maximum" in part and part.get("label")}
+    assert {label: sliders[label]["maximum"] for label in ("Steps", "Number", "Width", "Height")} == {
+        "Steps": 7, "Number": 3, "Width": 96, "Height": 96,
+    }  # fmt: skip
+    assert sliders["Steps"]["value"] == 7  # the model's own 20 are not allowed
+    frames = sliders["Frames, at 8 a second"]
+    assert (frames["minimum"], frames["maximum"], frames["step"]) == (5, 9, 4)
+    said = [part["value"] for part in parts if "cannot do this" in str(part.get("value"))]
+    assert len(said) == 4  # animate, edit, subject, ask

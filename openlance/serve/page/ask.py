@@ -31,7 +31,13 @@ class AskTab:
 
     def __init__(self, page: Page, examples: Examples | None):
         self.page = page
-        self.chat = gr.Chatbot(label="Conversation", height="55vh", feedback_options=None, buttons=["copy"])
+        self.chat = gr.Chatbot(
+            label="Conversation",
+            height="55vh",
+            feedback_options=None,
+            buttons=["copy"],
+            allow_file_downloads=False,
+        )
         self.box = gr.MultimodalTextbox(
             label="Question, with pictures or clips", placeholder="ask, and attach what it is about",
             file_types=["image", "video"], file_count="multiple",
@@ -60,7 +66,7 @@ class AskTab:
             [self.chat, self.box, self.said, self.stop], **QUIET,
         )  # fmt: skip
         self.stop.click(lambda session: session.cancel("ask"), session, queue=False, **QUIET)
-        self.clear.click(self._clear, session, [self.chat, self.said], **QUIET)
+        gr.on([self.clear.click, self.chat.clear], self._clear, session, [self.chat, self.said], **QUIET)
 
     async def _answer(self, values: Values) -> AsyncGenerator[dict[Any, Any], None]:
         session, engine = values[self.page.session], self.page.engine

@@ -57,6 +57,6 @@ def nano_examples(folder: Path) -> Examples:
         subject=[[[star], "the shape at the top right on black"]],
         ask=[
             [{"text": words, "files": [both]}]
-            for words in ("what color is the circle?", "how many shapes are there?", "what shape is blue?")
+            for words in ("where is the circle?", "how many shapes are there?", "what shape is blue?")
         ],
     )
