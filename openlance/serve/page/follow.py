@@ -14,6 +14,7 @@ from PIL import Image
 from openlance.serve.engine import Engine, Job
 from openlance.serve.jobs import JobError, Outcome, Piece, Progress, Request
 from openlance.serve.page.session import Session
+from openlance.serve.work import cancel, submit
 
 _THUMBNAIL = 384  # pixels: a preview travels inside the page
 _BREATH, _PATIENCE = 0.1, 1.0  # seconds between two looks, at least and at most
@@ -55,13 +56,10 @@ async def follow(
     All are accepted, or none: raises Busy and JobError as `Engine.submit` does. Who stops listening stops
     the jobs. place: the tab, under which the session knows them.
     """
-    jobs: list[Job] = []
-    session.running[place], tasks = jobs, []
+    jobs = session.running[place] = submit(engine, requests)
+    watched, changed = [Watched(job) for job in jobs], asyncio.Event()
+    tasks = [asyncio.create_task(one.watch(changed)) for one in watched]
     try:
-        for request in requests:
-            jobs.append(engine.submit(request))
-        watched, changed = [Watched(job) for job in jobs], asyncio.Event()
-        tasks = [asyncio.create_task(one.watch(changed)) for one in watched]
         while not all(task.done() for task in tasks):
             yield watched
             with suppress(TimeoutError):
@@ -71,8 +69,7 @@ async def follow(
         await asyncio.gather(*tasks)
         yield watched
     finally:  # not a task group: who listens may do so from several tasks
-        for job in jobs:
-            job.cancel()
+        cancel(jobs)
         for task in tasks:
             task.cancel()
         session.running.pop(place, None)
