@@ -1,4 +1,4 @@
-"""What the page is made of, without a browser: its limits, how it watches jobs, settings that it reads back."""
+"""What the page is made of, without a browser: its limits, watching jobs, settings that are read back."""
 
 from __future__ import annotations
 

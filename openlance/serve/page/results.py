@@ -9,6 +9,7 @@ import gradio as gr
 from gradio.events import Dependency
 
 from openlance.serve.page.controls import QUIET, Page
+from openlance.serve.page.follow import note
 from openlance.serve.page.session import Item, Session, captioned
 
 Carry = Callable[[Session, Item], dict[Any, Any]]
@@ -26,7 +27,7 @@ class Results:
                 label="The newest first", columns=4, height="max-content", object_fit="contain",
                 fit_columns=False, allow_preview=False, buttons=[], elem_classes="results",
             )  # fmt: skip
-            self.words = gr.Markdown()
+            self.words = gr.HTML(padding=False)
             with gr.Row() as self.row:
                 self.download = gr.DownloadButton("Download", size="sm", min_width=100)
             with gr.Accordion("Settings", open=False):
@@ -68,7 +69,7 @@ class Results:
         return {
             self.whole: gr.Column(visible=True),
             self.gallery: gr.Gallery(captioned(session.items), selected_index=session.chosen),
-            self.words: item.caption,
+            self.words: note(item.caption),
             self.download: gr.DownloadButton(value=str(item.path)),
             self.settings: dict(item.settings),
             **{button: gr.Button(interactive=not item.clip) for button in self.pictures_only},
