@@ -32,7 +32,7 @@ from openlance.infer.pipeline import LancePipeline
 from openlance.model.release import read_json
 
 PARTS = ("one", "two", "held_out", "questions", "edits", "motion", "tags")
-# Not among the parts by default: the bundled model has learnt none of them.
+# Not among the parts by default: they take as long again.
 WIDE_PARTS = ("boxes", "words", "several", "turns")
 TAGS_PART = "tags"
 
