@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 from PIL import Image
-from serving import PATIENCE, Server, gif, png
+from serving import PATIENCE, Server, address_of, gif, png
 
 from openlance.data.save import read_settings
+from openlance.world import Scene, Thing, render
 
 pytestmark = pytest.mark.slow
 sync_api = pytest.importorskip("playwright.sync_api")
@@ -30,7 +31,7 @@ class Visit:
     def __init__(self, browser: Any, address: str, width: int = 1280):
         self.strange: list[str] = []
         self.page = browser.new_context(viewport={"width": width, "height": 900}).new_page()
-        self.page.set_default_timeout(PATIENCE / 4 * 1000)
+        self.page.set_default_timeout(PATIENCE / 2 * 1000)
         self.page.on("console", self._heard)
         self.page.on("pageerror", lambda error: self.strange.append(str(error)))
         self.page.on("request", lambda request: self._asked(request.url, address))
@@ -266,16 +267,26 @@ def test_a_result_becomes_a_subject(visit: Visit) -> None:
     assert visit.page.locator(".results .grid-wrap img").count() == 3
 
 
-def test_an_answer_comes_and_is_cleared(visit: Visit) -> None:
+def test_answers_are_those_of_the_api_and_are_cleared(visit: Visit, server: Server) -> None:
+    shapes = BytesIO()
+    Image.fromarray(render(Scene("white", "plain", (Thing("star", "blue", "large", "left"),)))).save(
+        shapes, "PNG"
+    )
+    question = "what shape is blue?"
+    shown = {"type": "image_url", "image_url": {"url": address_of(shapes.getvalue())}}
+    content = [shown, {"type": "text", "text": question}]
+    answered = server.openai().chat.completions.create(
+        model="nano", messages=[{"role": "user", "content": content}]
+    )
     visit.open("Ask")
-    visit.see(visit.page.get_by_text("how many shapes are there?")).click()
-    visit.see(visit.tab.get_by_label("Remove file").or_(visit.tab.locator(".thumbnail-item"))).wait_for()
-    visit.ask("")
-    assert visit.said("tokens") == "2 tokens"
+    visit.upload(shapes.getvalue(), "shapes.png")
+    visit.see(visit.tab.locator(".thumbnail-item")).wait_for()
+    visit.ask(question)
+    assert visit.said("tokens") == f"{answered.usage.completion_tokens} tokens"
     answers = visit.page.get_by_test_id("bot")
-    assert answers.inner_text().strip() == "two"
+    assert answers.inner_text().strip() == answered.choices[0].message.content
     assert visit.page.get_by_test_id("user").count() == 2  # the picture, and the words
-    visit.ask("and what shape is blue?")
+    visit.ask("and where is it?")
     answers.nth(1).wait_for()
     visit.said("tokens")
     visit.press("Clear")

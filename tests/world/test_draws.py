@@ -41,7 +41,16 @@ def test_scenes_words_questions_and_edits_are_the_same_as_ever(config, held_out,
     assert sha256("\n".join(said).encode()).hexdigest()[:16] == digest
 
 
-ENCODED = ("1888dd4ad349020e", "1067f4efdf147986", "1d35014147323089", "55e59b183c802b1b")
+ENCODED = (
+    "1888dd4ad349020e",
+    "1067f4efdf147986",
+    "1d35014147323089",
+    "55e59b183c802b1b",
+    "4e3a3698ba2261dd",
+    "a24624bd1e0373e0",
+    "f557a2acf3e40adb",
+    "c5016a6f2e7fe258",
+)
 
 
 @pytest.mark.parametrize(
