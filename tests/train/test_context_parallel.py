@@ -29,6 +29,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, tor
     return folder, here(folder, SETTINGS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "processes, settings",
     [
@@ -50,7 +51,8 @@ def test_processes_that_share_packs_are_one(
             assert many[name] == pytest.approx(one[name], rel=1e-4, abs=1e-6), name
 
 
-@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [2, 4])
 def test_a_shared_pack_gives_the_same_and_takes_a_share_of_the_memory(tmp_path: Path, processes: int) -> None:
     """4 heads over 2 processes, and over 4, which are more than there are heads of keys and values."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]

@@ -71,7 +71,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, tor
     return folder, here(folder, {"lanes": 4, "steps": 3, "learning_rate": 1e-3})
 
 
-@pytest.mark.parametrize("processes, replicas", [(2, 1), (4, 2)])
+@pytest.mark.parametrize("processes, replicas", [(2, 1), pytest.param(4, 2, marks=pytest.mark.slow)])
 def test_many_processes_are_one(
     tmp_path: Path, alone: tuple[Path, dict[str, torch.Tensor]], processes: int, replicas: int
 ) -> None:
@@ -86,6 +86,7 @@ def test_many_processes_are_one(
                 assert many[name] == pytest.approx(one[name], rel=1e-4, abs=1e-6)
 
 
+@pytest.mark.slow
 def test_muon_on_two_replicas_is_muon_alone(tmp_path: Path) -> None:
     settings = {"lanes": 2, "steps": 2, "learning_rate": 1e-3, "optimizer": "muon"}
     assert_close(here(tmp_path / "one", settings), run(tmp_path / "two", {**settings, "replicas": 2}, 2))
