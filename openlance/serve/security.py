@@ -23,6 +23,9 @@ from openlance.tokenizer import CONTROL, MARKUP
 OPEN = frozenset({"/healthz", "/readyz"})
 """Paths that need no key: load balancers ask them."""
 
+DISCARDED = 4 * 2**20
+"""Bytes of a body beyond the limit that are taken before it is refused."""
+
 _HASH = re.compile(r"[0-9a-f]{64}")
 _NAMES = (re.escape(name[1:]) for name in (*CONTROL, *MARKUP))
 _CONTROL = re.compile(rf"<(?=\|[^\s|<>]+\|>|{'|'.join(_NAMES)})")
@@ -143,6 +146,7 @@ class BodyLimit:
             return await self.app(scope, receive, send)
         declared = Headers(scope=scope).get("content-length", "")
         if declared.isdecimal() and int(declared) > self.most:
+            await _discard(receive)
             return await error_response(self._error())(scope, receive, send)
         count = 0
 
@@ -163,6 +167,16 @@ class BodyLimit:
             code="request_too_large",
             headers={"Connection": "close"},  # the rest of the body is not read
         )
+
+
+async def _discard(receive: Receive) -> None:
+    """Take the beginning of a body: a client that is still sending when its connection is closed does not
+    read the answer."""
+    count, more = 0, True
+    while more and count < DISCARDED:
+        message = await receive()
+        count += len(message.get("body", b""))
+        more = message.get("more_body", False)
 
 
 def _from_here(host: str, origin: str | None) -> bool:
