@@ -268,10 +268,8 @@ def test_a_result_becomes_a_subject(visit: Visit) -> None:
 
 
 def test_answers_are_those_of_the_api_and_are_cleared(visit: Visit, server: Server) -> None:
-    shapes = BytesIO()
-    Image.fromarray(render(Scene("white", "plain", (Thing("star", "blue", "large", "left"),)))).save(
-        shapes, "PNG"
-    )
+    star, shapes = Scene("white", "plain", (Thing("star", "blue", "large", "left"),)), BytesIO()
+    Image.fromarray(render(star)).save(shapes, "PNG")
     question = "what shape is blue?"
     shown = {"type": "image_url", "image_url": {"url": address_of(shapes.getvalue())}}
     content = [shown, {"type": "text", "text": question}]

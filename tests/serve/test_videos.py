@@ -312,11 +312,12 @@ def test_clips_outlive_a_server_that_is_killed(tmp_path: Path) -> None:
         fresh = client.videos.create_and_poll(
             prompt="2", input_reference=picture, extra_body=FAST, poll_interval_ms=200
         )
-        frames = [
-            load_video(client.videos.download_content(video.id).content).frames
-            for video in (videos[2], fresh)
-        ]
-        np.testing.assert_array_equal(*frames)  # the request came back whole
+        kept_one, fresh_one, other = (
+            load_video(client.videos.download_content(video.id).content).frames.astype(float)
+            for video in (videos[2], fresh, videos[1])
+        )
+        # The request came back whole. (What runs together differs in rounding, which H.264 makes visible.)
+        assert np.abs(kept_one - fresh_one).mean() < 2 < 10 < np.abs(other - fresh_one).mean()
         with pytest.raises(openai.NotFoundError):
             client.videos.retrieve(done.id)  # it had expired
         assert sorted(kept(second)) == ["mp4"] and len(os.listdir(tmp_path / "kept")) >= 5

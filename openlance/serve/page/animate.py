@@ -49,7 +49,7 @@ class AnimateTab:
         self.made = making.wire(sampling, inputs, [self.video], self._prepare, self._show)
         self.taken = [self.first]
 
-    def take(self, session: Session, item: Item) -> dict[Any, Any]:
+    async def take(self, session: Session, item: Item) -> dict[Any, Any]:
         """Begin with a picture of this visit."""
         return {self.first: [str(item.path)]}
 

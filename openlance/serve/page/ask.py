@@ -55,7 +55,7 @@ class AskTab:
         self.taken = [self.box]
         self._wire()
 
-    def take(self, session: Session, item: Item) -> dict[Any, Any]:
+    async def take(self, session: Session, item: Item) -> dict[Any, Any]:
         """Attach a result of this visit to the next question."""
         return {self.box: {"text": "", "files": [str(item.path)]}}
 
@@ -65,7 +65,7 @@ class AskTab:
             self._answer, {session, self.box, self.tokens, self.temperature},
             [self.chat, self.box, self.said, self.stop], **QUIET,
         )  # fmt: skip
-        self.stop.click(lambda session: session.cancel("ask"), session, queue=False, **QUIET)
+        self.stop.click(self._stop, session, queue=False, **QUIET)
         gr.on([self.clear.click, self.chat.clear], self._clear, session, [self.chat, self.said], **QUIET)
 
     async def _answer(self, values: Values) -> AsyncGenerator[dict[Any, Any], None]:
@@ -116,8 +116,11 @@ class AskTab:
         options = {"max_tokens": int(values[self.tokens]), "temperature": values[self.temperature]}
         return Request("chat", {"messages": messages, **options}, streamed=True)
 
-    def _clear(self, session: Session) -> tuple[list[Any], str]:
-        session.cancel("ask")
+    async def _stop(self, session: Session) -> None:
+        await session.cancel("ask")
+
+    async def _clear(self, session: Session) -> tuple[list[Any], str]:
+        await session.cancel("ask")
         session.talk = []
         return [], ""
 

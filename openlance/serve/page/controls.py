@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -206,6 +206,11 @@ async def sent(paths: Iterable[str], config: ServeConfig) -> list[bytes]:
         return found
 
     return await asyncio.to_thread(read)
+
+
+def chosen(event: gr.SelectData, listed: Sequence[object]) -> int:
+    """Which of what a gallery lists was chosen; the list may have become shorter meanwhile."""
+    return min(max(int(event.index), 0), len(listed) - 1)
 
 
 def in_box(box: list[tuple[str, str | None]] | None, *, most: int, what: str) -> list[str]:

@@ -11,7 +11,17 @@ import gradio as gr
 from openlance.errors import InputError
 from openlance.sequence.template import Task
 from openlance.serve.jobs import Request
-from openlance.serve.page.controls import QUIET, Page, Prompt, Sampling, Values, in_box, media_box, sent
+from openlance.serve.page.controls import (
+    QUIET,
+    Page,
+    Prompt,
+    Sampling,
+    Values,
+    chosen,
+    in_box,
+    media_box,
+    sent,
+)
 from openlance.serve.page.examples import Examples
 from openlance.serve.page.making import Making, warn
 from openlance.serve.page.session import Item, Session, Turn
@@ -48,9 +58,9 @@ class EditTab:
             begin(self._begin, [page.session, self.source], begun, **QUIET)
         self.turns.select(self._go_on, page.session, self.place, **QUIET)
 
-    def take(self, session: Session, item: Item) -> dict[Any, Any]:
+    async def take(self, session: Session, item: Item) -> dict[Any, Any]:
         """Begin with a result of this visit."""
-        session.cancel("edit")
+        await session.cancel("edit")
         session.turns, session.turn, session.basis = [Turn(item)], 0, 0
         return self._show(session)
 
@@ -62,7 +72,7 @@ class EditTab:
         except InputError as error:
             return {self.source: None, self.making.progress: warn(str(error))}
         kept = await session.store(data, "sent", Path(path).suffix)
-        return {self.source: None, self.making.progress: "", **self.take(session, Item(kept, clip=False))}
+        return {self.source: None, self.making.progress: "", **await self.take(session, Item(kept))}
 
     async def _prepare(self, session: Session, values: Values, options: dict[str, Any]) -> list[Request]:
         if not session.turns:
@@ -77,7 +87,7 @@ class EditTab:
         return self._show(session)
 
     def _go_on(self, session: Session, event: gr.SelectData) -> str:
-        session.turn = event.index
+        session.turn = chosen(event, session.turns)
         return self._where(session)
 
     def _show(self, session: Session) -> dict[Any, Any]:

@@ -65,10 +65,10 @@ class Making:
                     yield {self.progress: said, **(show(session, items) if items else {})}
             yield {self.stop: gr.Button(interactive=False)}
 
-        self.stop.click(
-            lambda session: session.cancel(self.place), page.session,
-            queue=False, **QUIET,
-        )  # fmt: skip
+        async def stop(session: Session) -> None:
+            await session.cancel(self.place)
+
+        self.stop.click(stop, page.session, queue=False, **QUIET)
         return gr.on(
             [self.button.click, self.prompt.box.submit], run,
             {page.session, self.prompt.box} | sampling.inputs | inputs,

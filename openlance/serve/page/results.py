@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import gradio as gr
 from gradio.events import Dependency
 
-from openlance.serve.page.controls import QUIET, Page
+from openlance.serve.page.controls import QUIET, Page, chosen
 from openlance.serve.page.follow import note
 from openlance.serve.page.session import Item, Session, captioned
 
-Carry = Callable[[Session, Item], dict[Any, Any]]
+Carry = Callable[[Session, Item], Awaitable[dict[Any, Any]]]
 """What the components of a tab hold, once it has taken up a result."""
 
 
@@ -43,19 +43,17 @@ class Results:
             self.pictures_only.append(button)
             self.outputs.append(button)
 
-        def take(session: Session) -> dict[Any, Any]:
-            return {self.tabs: gr.Tabs(selected=tab), **carry(session, session.items[session.chosen])}
+        async def take(session: Session) -> dict[Any, Any]:
+            taken = await carry(session, session.items[session.chosen])
+            return {self.tabs: gr.Tabs(selected=tab), **taken}
 
-        button.click(
-            take, self.page.session, [self.tabs, *outputs],
-            **QUIET,
-        )  # fmt: skip
+        button.click(take, self.page.session, [self.tabs, *outputs], **QUIET)
 
     def wire(self, *made: Dependency) -> None:
         """Show what is new after each of these events, and what the visitor chooses."""
 
         def choose(session: Session, event: gr.SelectData) -> dict[Any, Any]:
-            session.chosen = event.index
+            session.chosen = chosen(event, session.items)
             return self._show(session)
 
         for event in made:

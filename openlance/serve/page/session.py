@@ -12,6 +12,7 @@ from typing import Any
 
 from openlance.serve.engine import Job
 from openlance.serve.jobs import Made
+from openlance.serve.work import cancel
 
 KEPT = 60
 """Results that the page lists; older ones leave the list."""
@@ -22,8 +23,12 @@ class Item:
     """A picture or clip in the visitor's folder. settings: that it was made with; empty for one sent."""
 
     path: Path
-    clip: bool
     settings: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def clip(self) -> bool:
+        """Of a result."""
+        return self.settings.get("fps") is not None
 
     @property
     def caption(self) -> str:
@@ -62,7 +67,7 @@ class Session:
         """Keep what was made, in front of the others."""
         suffix = mimetypes.guess_extension(made.media_type) or ""
         path = await self.store(made.media, f"{made.settings['task']}-{made.settings['seed']}", suffix)
-        item = Item(path, made.fps is not None, made.settings)
+        item = Item(path, made.settings)
         self.items = [item, *self.items[: KEPT - 1]]
         self.chosen = 0
         return item
@@ -76,15 +81,14 @@ class Session:
         await asyncio.to_thread(path.write_bytes, data)
         return path
 
-    def cancel(self, place: str) -> None:
-        """Stop what a tab is having made."""
-        for job in self.running.get(place, ()):
-            job.cancel()
+    async def cancel(self, place: str) -> None:
+        """Stop what a tab is having made. (Gradio runs plain functions in threads, where jobs may not go.)"""
+        cancel(self.running.get(place, ()))
 
     def close(self) -> None:
         """The visitor has left: stop their jobs and remove their files."""
-        for place in list(self.running):
-            self.cancel(place)
+        for jobs in self.running.values():
+            cancel(jobs)
         if self._folder is not None:
             self._folder.cleanup()
             self._folder = None

@@ -48,7 +48,7 @@ class SubjectTab:
         self.made = making.wire(sampling, inputs, [self.gallery], self._prepare, self._show)
         self.taken = [self.references]
 
-    def take(self, session: Session, item: Item) -> dict[Any, Any]:
+    async def take(self, session: Session, item: Item) -> dict[Any, Any]:
         """Have a picture of this visit as the reference."""
         return {self.references: [str(item.path)]}
 
