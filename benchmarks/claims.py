@@ -8,7 +8,7 @@ Every run begins from nothing, on the frozen parts of nano (`make nano`, or `ope
 nano-pt`, makes them). What is measured: velocity error on held-out drawings and edits, and what the judge
 says of drawings of one and two things. A run that is stopped goes on.
 
-    python benchmarks/claims.py --parts runs/nano-parts --steps 350 --out runs/claims
+    python benchmarks/claims.py --parts runs/nano-parts --steps 240 --out runs/claims
 """
 
 from __future__ import annotations
@@ -136,7 +136,7 @@ def main() -> None:
     )
     parser.add_argument("--parts", type=Path, default=Path("runs/nano-parts"))
     parser.add_argument("--out", type=Path, default=Path("runs/claims"))
-    parser.add_argument("--steps", type=int, default=350)
+    parser.add_argument("--steps", type=int, default=240)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--count", type=int, default=50, help="pictures of each part of nano-bench")
     args = parser.parse_args()

@@ -6,6 +6,8 @@ import csv
 import json
 from pathlib import Path
 
+from openlance.eval.prepare import prepare
+
 QUESTIONS = ("item_id", "proposition_id", "dependency", "tuple", "question_natural_language")
 # "a": 1 is a parent of 2, and 2 of 3. "b": 1 alone, then 2.
 DPG_ROWS = [
@@ -44,3 +46,13 @@ def mvbench_data(folder: Path, counts: dict[str, int]) -> Path:
         row = {"video": "clip.mp4", "question": "what?", "candidates": ["red", "blue"], "answer": "blue"}
         (folder / "json" / f"{task}.json").write_text(json.dumps([row] * count))
     return folder
+
+
+def configured(name: str, folder: Path, data: Path | None) -> Path:
+    """The stand-in's configuration, with this data."""
+    prepare(name, folder, stand_in=True)
+    file = folder / "config.toml"
+    kept = [line for line in file.read_text().splitlines() if not line.startswith("data")]
+    named = [] if data is None else [f"data = {json.dumps(str(data))}"]
+    file.write_text("\n".join([*named, *kept]) + "\n")
+    return file

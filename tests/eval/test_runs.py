@@ -10,22 +10,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from made import DPG_ROWS, dpg_data, info, lines, mvbench_data
+from made import DPG_ROWS, configured, dpg_data, info, lines, mvbench_data
 from PIL import Image
 
 from openlance.cli import main
 from openlance.data.media import load_video
 from openlance.data.save import read_settings, save_video
 from openlance.eval import mvbench, vbench
-from openlance.eval.prepare import prepare
 
 SMALL = ("--size", "32", "--steps", "1", "--quiet")
-
-
-@pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
 
 
 @pytest.fixture
@@ -38,16 +31,6 @@ def evaluate(here: Path, tiny_checkpoint: Path, capsys: pytest.CaptureFixture[st
         return code, said.out + said.err
 
     return run
-
-
-def configured(name: str, folder: Path, data: Path | None) -> Path:
-    """The stand-in's configuration, with this data."""
-    prepare(name, folder, stand_in=True)
-    file = folder / "config.toml"
-    kept = [line for line in file.read_text().splitlines() if not line.startswith("data")]
-    named = [] if data is None else [f"data = {json.dumps(str(data))}"]
-    file.write_text("\n".join([*named, *kept]) + "\n")
-    return file
 
 
 def scores() -> dict:
