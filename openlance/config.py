@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass, field, replace
+from typing import Literal, get_args
 
 from openlance.errors import InputError
 
@@ -114,11 +115,16 @@ class SpecialTokens:
     endoftext: int = 151643
 
 
+SolverName = Literal["euler", "ab2", "dpm++2m", "unipc"]
+SOLVERS: tuple[str, ...] = get_args(SolverName)
+
+
 @dataclass(frozen=True)
 class SamplingConfig:
     """How pictures and clips are denoised; the defaults are the released ones.
 
     steps: network evaluations of the conditional branch; the grid has `steps` intervals.
+    solver: "euler", as released; or "ab2", "dpm++2m" or "unipc", of second order, for fewer steps.
     shift: time shift s, t <- s t / (1 + (s - 1) t).
     guidance: scale g of v = v_uncond + g (v_cond - v_uncond); 1 turns guidance off.
     guidance_interval: guidance acts while low < t <= high, on shifted times.
@@ -129,9 +135,12 @@ class SamplingConfig:
     released_cached_sampler: do as the released cached sampler does, for comparison only: the
         unconditional context keeps the conditional one's positions (which training never saw), and
         global renormalisation counts the fixed frames of image-to-video.
+    reuse: where the first layer's work changed by less than this share since the last whole evaluation, take
+        the other layers' from there; 0 is off, and exact.
     """
 
     steps: int = 30
+    solver: str = "euler"
     shift: float = 3.5
     guidance: float = 4.0
     guidance_interval: tuple[float, float] = (0.4, 1.0)
@@ -140,10 +149,13 @@ class SamplingConfig:
     visual_guidance: float | None = None
     sample_posterior: bool = False
     released_cached_sampler: bool = False
+    reuse: float = 0.0
 
     def __post_init__(self) -> None:
         if self.steps < 1:
             raise InputError(f"steps must be at least 1, not {self.steps}")
+        if self.solver not in SOLVERS:
+            raise InputError(f"solver must be one of {', '.join(SOLVERS)}, not {self.solver!r}")
         if not (math.isfinite(self.shift) and self.shift > 0):
             raise InputError(f"shift must be a positive number, not {self.shift}")
         if not math.isfinite(self.guidance):
@@ -155,11 +167,17 @@ class SamplingConfig:
             raise InputError(f"renorm must be global, channel or none, not {self.renorm!r}")
         if not 0 <= self.renorm_min <= 1:
             raise InputError(f"renorm_min must lie in [0, 1], not {self.renorm_min}")
+        if not (math.isfinite(self.reuse) and self.reuse >= 0):
+            raise InputError(f"reuse must be 0 (off) or more, not {self.reuse}")
 
 
 @dataclass(frozen=True)
 class TextConfig:
-    """How words are drawn. temperature 0 is greedy; the rest then has no effect but the penalty."""
+    """How words are drawn. temperature 0 is greedy; the rest then has no effect but the penalty.
+
+    lookup: above 0, an answer that is spoken alone guesses up to so many words from what was said before and
+        checks them in one forward; the words are the same, and come faster where the answer repeats things.
+    """
 
     max_tokens: int = 256
     temperature: float = 0.0
@@ -167,6 +185,7 @@ class TextConfig:
     top_k: int = 0
     repetition_penalty: float = 1.0
     stop: tuple[str, ...] = ()
+    lookup: int = 0
 
     def __post_init__(self) -> None:
         if self.max_tokens < 1:
@@ -177,6 +196,8 @@ class TextConfig:
             raise InputError(f"top_p must lie in (0, 1], not {self.top_p}")
         if self.top_k < 0:
             raise InputError(f"top_k must be 0 (off) or more, not {self.top_k}")
+        if self.lookup < 0:
+            raise InputError(f"lookup must be 0 (off) or more, not {self.lookup}")
         if not self.repetition_penalty > 0:
             raise InputError(f"repetition_penalty must be above 0, not {self.repetition_penalty}")
 

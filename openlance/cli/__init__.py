@@ -15,7 +15,7 @@ import tyro
 from tyro.extras import SubcommandApp
 
 from openlance import __version__
-from openlance.cli import about, create, data, data_encode, data_example, plan, serve, words
+from openlance.cli import about, bench, create, data, data_encode, data_example, plan, quantize, serve, words
 from openlance.cli.eval import commands as evaluate
 from openlance.cli.train import train_command
 from openlance.errors import InputError
@@ -83,7 +83,8 @@ def app(brief: bool = False, preset: str = PRESET) -> SubcommandApp:
     made = (create.generate, create.video, create.animate, create.edit, create.subject)
     said = (words.ask, words.chat)
     train = train_command(preset)
-    for command in (*made, *said, serve.serve, train, plan.plan, about.info, about.show, about.demo):
+    kept = (serve.serve, train, plan.plan, quantize.quantize, bench.bench, about.info, about.show, about.demo)
+    for command in (*made, *said, *kept):
         first_line = str(command.__doc__).partition("\n")[0]
         commands.command(help=first_line if brief else None)(command)
     commands.command(evaluate(), name="eval", help="Measure a model.")

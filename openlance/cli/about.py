@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,8 +13,11 @@ from openlance.cli.options import LoadOptions, SamplingOptions, Settings, check_
 from openlance.errors import InputError
 
 if TYPE_CHECKING:
+    import torch
+
     from openlance.config import ModelConfig
     from openlance.infer.memory import Need
+    from openlance.sequence.template import Task
 
 DTYPES = ("float32", "bfloat16")
 GIB = 2**30
@@ -30,15 +34,21 @@ def info(
         str | None, option("One task only: t2i, t2v, i2v, image_edit, x2t_image, … Default: all.")
     ] = None,
     dtype: Annotated[str | None, option("One dtype only. Default: float32 and bfloat16.")] = None,
+    max_memory: Annotated[
+        str | None, option("Say instead how each task would work in so much memory, as 8GB, in bfloat16.")
+    ] = None,
+    quantize: Annotated[str | None, option("With --max-memory: as --quantize of other commands.")] = None,
 ) -> None:
     """Say a model's shapes, its parameters, and the memory that each task needs. No weights are read.
 
     Memory is for one request at the model's default sizes: the weights of the parts that the task loads, and
-    the most that lives beside them. CUDA and its libraries take some more.
+    the most that lives beside them. CUDA and its libraries take some more. With --max-memory, it exits with 1
+    where no task fits.
 
     For example:
       openlance info
       openlance info --model lance_3b --task t2v --dtype bfloat16
+      openlance info --model lance_3b --max-memory 8GB
     """
     import torch
 
@@ -52,6 +62,9 @@ def info(
         raise InputError(f"unknown dtype {dtype!r}: choose one of {', '.join(known)}")
     config = _find_config(model, variant)
     print("\n".join(_shapes(config)), end="\n\n", flush=True)
+    if max_memory is not None:
+        _show_plans(config, tasks, getattr(torch, dtype or "bfloat16"), max_memory, quantize)
+        return
     print(
         f"{'memory in GiB':16}" + "".join(f"{name:>10} = weights + working" for name in dtypes) + "    tokens"
     )
@@ -59,6 +72,27 @@ def info(
     for wanted in tasks:
         needs = [estimator.need(wanted, getattr(torch, name)) for name in dtypes]
         print(f"{wanted:16}" + "".join(map(_cell, needs)) + f"{needs[0].tokens:10,}", flush=True)
+
+
+def _show_plans(
+    config: ModelConfig, tasks: Sequence[Task], dtype: torch.dtype, max_memory: str, quantize: str | None
+) -> None:
+    """How each task would work; exits with 1 where none can."""
+    from openlance.infer.memory import Estimator
+    from openlance.infer.plan import make_plan, parse_memory
+    from openlance.model.quantize import choose_schemes
+
+    budget, schemes = parse_memory(max_memory), choose_schemes(quantize, "cpu")
+    estimator, fitting = Estimator(config), 0
+    for task in tasks:
+        try:
+            told = str(make_plan(estimator, [task], dtype, budget, schemes))
+            fitting += 1
+        except InputError as error:
+            told = f"no: {error}"
+        print(f"{task:16}{told}", flush=True)
+    if not fitting:
+        raise SystemExit(1)
 
 
 def show(

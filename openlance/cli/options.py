@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import tyro
 
-from openlance.config import SamplingConfig, TextConfig
+from openlance.config import SamplingConfig, SolverName, TextConfig
 from openlance.errors import InputError
 
 if TYPE_CHECKING:
@@ -48,6 +48,12 @@ class LoadOptions:
     """cpu, cuda, cuda:1 or mps. Default: the best there is."""
     dtype: Maybe[Literal["float32", "bfloat16", "float16"]] = None
     """Of weights and computation. Default: bfloat16, on CPU float32."""
+    quantize: Maybe[str] = None
+    """Weights in fewer bits, once loaded: int8, fp8 or int4 for both experts, or by part, as
+    und=int8,gen=fp8 (the vision tower, vision, only where named). Default: as they are stored."""
+    max_memory: Maybe[str] = None
+    """Of a GPU, as 8GB or 7.5GiB: what does not fit waits on the host. For requests of the checkpoint's
+    default sizes, or of --resolution. Default: what is free."""
     resolution: Maybe[int] = None
     """Side of the square, in pixels, whose area pictures and clips are brought to before they are encoded,
     and that is generated where no size is given. Default: the checkpoint's."""
@@ -77,6 +83,8 @@ class LoadOptions:
             dtype=None if dtype is None else getattr(torch, dtype),
             tasks=[Task(task) for task in tasks],
             sizes=sizes,
+            quantize=self.quantize,
+            max_memory=self.max_memory,
         )
         if self.adapter is not None:
             pipeline.load_adapter(self.adapter)
@@ -89,6 +97,8 @@ class SamplingOptions:
 
     steps: Maybe[int] = None
     """Denoising steps."""
+    solver: Maybe[SolverName] = None
+    """Of the steps; all but Euler's are of second order, for fewer of them."""
     shift: Maybe[float] = None
     """Time shift: higher spends more steps near noise."""
     guidance: Maybe[float] = None
@@ -101,6 +111,8 @@ class SamplingOptions:
     """The smallest factor of that, 0 to 1."""
     visual_guidance: Maybe[float] = None
     """A second scale, for the picture or clip that is shown (edit, subject)."""
+    reuse: Maybe[float] = None
+    """Skip layers of a step where the first one's work changed by less than this share; 0 is off."""
 
     def settings(self, like: Settings) -> dict[str, Any]:
         """Arguments for the pipeline: those of `like`, and over them what was given. Raises InputError."""
@@ -169,6 +181,9 @@ class TextOptions:
     """Above 1, words that were used become less likely."""
     stop: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """End before this text; can be given several times."""
+    lookup: Maybe[int] = None
+    """Guess so many words ahead from what was said before, and check them at once: the same words, faster
+    where an answer repeats things. 0 (the default) is off."""
     seed: Maybe[int] = None
     """The same seed draws the same words. Default: one is drawn, and said."""
 

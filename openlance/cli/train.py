@@ -16,11 +16,13 @@ from openlance.errors import InputError
 from openlance.train import presets
 
 if TYPE_CHECKING:
+    import torch
     from PIL.Image import Image
 
     from openlance.config import ModelConfig
     from openlance.data.lanes import Dataset
     from openlance.model.lance import Lance
+    from openlance.model.release import Release
     from openlance.model.vae import VAE
     from openlance.sequence.template import Task
     from openlance.tokenizer import Tokenizer
@@ -183,9 +185,9 @@ def _nano_job(config: TrainConfig, options: RunOptions, ranks: Ranks) -> Job:
     parts = parts or make_parts(options.parts)
     model = parts.new_model(config.seed)
     if options.init is not None:
-        from openlance.model.checkpoint import find_release, load_model
+        from openlance.model.checkpoint import find_release
 
-        model = load_model(find_release(options.init, options.variant), parts.config)
+        model = _trainable(find_release(options.init, options.variant), parts.config, "cpu")
     held_out: Mapping[str, Any] = parts.held_out(config) if config.validate_every else {}
     return Job(model, parts.config, parts.tokenizer, parts.vae, parts.feed(config, ranks), held_out)
 
@@ -228,7 +230,7 @@ def _everything() -> Any:
 
 def begin(options: RunOptions | RLOptions, ranks: Ranks) -> tuple[Lance, ModelConfig, Tokenizer, VAE | None]:
     """Weights to begin from in float32, frozen parts included."""
-    from openlance.model.checkpoint import find_release, load_model, load_vae, read_config
+    from openlance.model.checkpoint import find_release, load_vae, read_config
     from openlance.tokenizer import Tokenizer
 
     assert options.init is not None
@@ -241,13 +243,24 @@ def begin(options: RunOptions | RLOptions, ranks: Ranks) -> tuple[Lance, ModelCo
         release = find_release(options.init, options.variant)
         tokenizer = Tokenizer.load(release.folder)
         config = read_config(release, tokenizer)
-        model = load_model(release, config, device=ranks.device)
+        model = _trainable(release, config, ranks.device)
     if options.vae is not None:
         release = find_release(options.vae)
     vae = None
     if release is not None and release.vae is not None:
         vae = load_vae(release, config, device=ranks.device).eval().requires_grad_(False)
     return model, config, tokenizer, vae
+
+
+def _trainable(release: Release, config: ModelConfig, device: torch.device | str) -> Lance:
+    """The weights of a release in float32. Raises InputError for quantised ones."""
+    from openlance.model.checkpoint import load_model
+    from openlance.model.quantize import schemes_of
+
+    model = load_model(release, config, device=device)
+    if schemes_of(model):
+        raise InputError(f"{release.folder}: its weights are quantised: begin from those they were made of")
+    return model
 
 
 def _datasets(specs: tuple[str, ...]) -> tuple[Dataset, ...]:

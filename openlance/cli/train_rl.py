@@ -186,10 +186,8 @@ def _decoder(vae: VAE) -> Decode:
 
     from openlance.data.media import from_vae_pixels
 
-    weight = next(vae.parameters())
-
     @torch.inference_mode()
     def decode(latents: Tensor) -> Frames:
-        return from_vae_pixels(vae.decode(latents[None].to(weight))[0])
+        return from_vae_pixels(vae.decode(latents[None].to(vae.device, vae.dtype))[0])
 
     return decode

@@ -1,22 +1,24 @@
-"""Generation on top of contexts: latents by denoising, words one by one; several requests in one pass."""
+"""Latents by denoising on top of contexts; several requests in one pass."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from openlance.config import SamplingConfig, TextConfig
+from openlance.config import SamplingConfig
 from openlance.flow.guidance import guide, guided_now
+from openlance.flow.multistep import SOLVERS
 from openlance.flow.path import time_grid
-from openlance.flow.solver import euler
 from openlance.infer.context import Context, encode
+from openlance.infer.step_cache import StepCache
 from openlance.model.cache import Workspace
-from openlance.model.lance import Lance
-from openlance.sequence.pack import PackedBatch, pack
+from openlance.model.lance import Halves, Lance, Stack, Through
+from openlance.sequence.pack import pack
 from openlance.sequence.positions import mape_positions
 from openlance.sequence.segment import Kind, Role, Sample, Segment
 
@@ -124,11 +126,12 @@ class Pass:
         targets = [[branch.segment] for branch in branches]
         batch = pack(targets, model.config, positions=positions, dense=False)
         self.model, self.branches, self.rows = model, branches, rows.to(model.device)
-        self.cache, self.pattern = space.over(streams, batch.visibility.sample)
+        self._space, self._streams, self._owner = space, streams, batch.visibility.sample
+        self.cache, self.pattern = space.over(streams, self._owner)
         self.batch = batch.to(model.device, model.dtype)
         self.prepared = model.prepare(self.batch)
 
-    def velocities(self, state: Tensor, t: float) -> dict[int, list[Tensor]]:
+    def velocities(self, state: Tensor, t: float, through: Through = Stack.run) -> dict[int, list[Tensor]]:
         """For each target its branches' velocities [n, C] float32, from the state of all latents."""
         out = self.model(
             self.batch,
@@ -137,6 +140,7 @@ class Pass:
             prepared=self.prepared,
             latents=state[self.rows].to(self.model.dtype),
             times=self.batch.times * t,
+            through=through,
         )
         found: dict[int, list[Tensor]] = defaultdict(list)
         parts = out.velocity.float().split([branch.segment.inner for branch in self.branches])
@@ -144,12 +148,25 @@ class Pass:
             found[branch.number].append(velocity)
         return found
 
+    def part(self, stack: Stack, halves: Halves, chosen: list[int]) -> tuple[Stack, Halves]:
+        """The stack and the tokens of some of the branches, given by their places among them."""
+        number = torch.full((len(self.branches),), -1)
+        number[chosen] = torch.arange(len(chosen))
+        owner = number[self._owner]
+        rows = torch.nonzero(owner >= 0).flatten()
+        streams = [self._streams[place] for place in chosen]
+        cache, pattern = self._space.over(streams, owner[rows])
+        und, gen = rows[rows < self.batch.und], rows[rows >= self.batch.und] - self.batch.und
+        some = {name: halves[name][at.to(self.rows.device)] for name, at in (("und", und), ("gen", gen))}
+        cos, sin = (x[rows.to(self.rows.device)] for x in stack.table)
+        return replace(stack, table=(cos, sin), pattern=pattern, cache=cache), some
+
 
 class Denoising:
     """Targets on their way from noise together: one forward a step for all their guidance branches.
 
     The state is [all latent tokens, channels] float32, target after target; `start` is the first.
-    running: the targets that still take steps.
+    running: the targets that still take steps. reuse: what is kept between steps, where that is wanted.
     """
 
     def __init__(self, model: Lance, targets: Sequence[Target], config: SamplingConfig):
@@ -166,11 +183,13 @@ class Denoising:
         self.space = Workspace(caches, [len(branch.segment) for branch in self.branches])
         self.start = torch.cat([target.start() for target in targets]).to(model.device)
         self.running = list(range(len(targets)))
+        self.reuse = StepCache(config.reuse) if config.reuse else None
         self._rows = torch.arange(len(self.start)).split([target.segment.inner for target in targets])
         free = [torch.nonzero(~target.segment.fixed_tokens()).flatten() for target in targets]
         self._free = [moving.to(model.device) for moving in free]
         self._moving = [rows[moving].to(model.device) for rows, moving in zip(self._rows, free, strict=True)]
         self._passes: dict[bool, Pass] = {}
+        self._seen = (self.start, self.start, 0.0)  # state, velocity and time of the last evaluation
 
     def drop(self, number: int) -> None:
         """Take no more steps for a target; the others go on."""
@@ -182,15 +201,23 @@ class Denoising:
         parts = state.split([target.segment.inner for target in self.targets])
         return [part.view(target.noise.shape) for part, target in zip(parts, self.targets, strict=True)]
 
+    def clean(self) -> list[Tensor]:
+        """Where the last velocity leads, straight on to t = 0; as `latents`."""
+        state, velocity, t = self._seen
+        return self.latents(state - velocity * t)
+
     def velocity(self, state: Tensor, t: float) -> Tensor:
         """Guided, of the state's shape; 0 where nothing moves."""
         velocity = torch.zeros_like(state)
-        for number, found in self._pass(guided_now(self.config, t)).velocities(state, t).items():
+        now = self._pass(guided_now(self.config, t))
+        through = Stack.run if self.reuse is None else partial(self.reuse.through, now=now)
+        for number, found in now.velocities(state, t, through).items():
             free = self._free[number]
             whole = len(found) > 1 and self.config.released_cached_sampler
             found = found if whole else [v[free] for v in found]
             one = found[0] if len(found) == 1 else guide(found[0], found[1], self.config, *found[2:])
             velocity.index_copy_(0, self._moving[number], one[free] if whole else one)
+        self._seen = (state, velocity, t)
         return velocity
 
     def _pass(self, guided: bool) -> Pass:
@@ -217,12 +244,10 @@ def denoise_together(
     """
     work = Denoising(model, targets, config)
     cancelled: dict[int, Cancelled] = {}
-    clock = time_grid(config.steps, config.shift)
-    before = work.start
-    for number, state in enumerate(euler(work.velocity, work.start, clock), start=1):
+    states = SOLVERS[config.solver](work.velocity, work.start, time_grid(config.steps, config.shift))
+    for number, state in enumerate(states, start=1):
         latents = work.latents(state)
-        further = float(clock[number] / (clock[number - 1] - clock[number]))  # steps like this one
-        clean, before = work.latents(state + (state - before) * further), state
+        clean = work.clean() if number < config.steps else latents
         for index in work.running:
             step = Step(number, config.steps, latents[index], clean[index], index)
             if on_step is not None and on_step(step) is False:
@@ -248,105 +273,3 @@ def denoise(
     if isinstance(found, Cancelled):
         raise found
     return found
-
-
-@dataclass(eq=False)
-class Voice:
-    """An answer that is being spoken. spoken: its ids so far, a stopping one included.
-
-    ended: nothing more is said. Whoever listens may set it, where they have heard enough.
-    """
-
-    sample: Sample
-    config: TextConfig
-    generator: torch.Generator | None = None
-    reuse: Context | None = None
-    spoken: list[int] = field(default_factory=list)
-    ended: bool = False
-
-
-@torch.inference_mode()
-def speak_together(
-    model: Lance, voices: Sequence[Voice], *, allowed: int, stop: Collection[int]
-) -> Iterator[list[Voice]]:
-    """Continue samples that end in an open assistant turn; yields, round by round, who said one more id.
-
-    A round is one forward for all that still speak, each over its own cache. allowed: ids at or above are
-    never drawn (the vocabulary is padded). stop: ids that end an answer.
-    """
-    pairs = [(encode(model, voice.sample, reuse=voice.reuse), voice) for voice in voices]
-    pairs.sort(key=lambda pair: (pair[0].cache.length, pair[1].config.max_tokens))  # alike side by side
-    contexts, voices = zip(*pairs, strict=True)
-    space = Workspace([context.cache for context in contexts], [voice.config.max_tokens for voice in voices])
-    begins = [int(context.positions[-1].max()) + 1 for context in contexts]
-    hidden = torch.stack([context.last_hidden for context in contexts])
-    speaking = list(range(len(voices)))
-    batch: PackedBatch | None = None
-    while True:
-        logits = model.head(hidden)[:, :allowed].float()
-        for stream, row in zip(speaking, logits, strict=True):
-            _say(voices[stream], row, stop)
-        yield [voices[stream] for stream in speaking]
-        speaking = [stream for stream in speaking if not voices[stream].ended]
-        if not speaking:
-            return
-        batch = _words(
-            model, [voices[stream] for stream in speaking], [begins[stream] for stream in speaking], batch
-        )
-        cache, pattern = space.over(speaking, torch.arange(len(speaking)))
-        hidden = model(batch, cache, pattern=pattern).hidden
-        space.keep(1, speaking)
-
-
-def speak(
-    model: Lance,
-    sample: Sample,
-    config: TextConfig,
-    *,
-    allowed: int,
-    stop: Collection[int],
-    generator: torch.Generator | None = None,
-    reuse: Context | None = None,
-) -> Iterator[int]:
-    """One answer alone, id by id: see `speak_together`."""
-    voice = Voice(sample, config, generator, reuse)
-    for _ in speak_together(model, [voice], allowed=allowed, stop=stop):
-        yield voice.spoken[-1]
-
-
-def _words(model: Lance, voices: list[Voice], begins: list[int], last: PackedBatch | None) -> PackedBatch:
-    """The last id of each voice as a batch. begins: position of each answer's first id. last: the batch of
-    the round before, which is only moved on where nobody left."""
-    ids = torch.tensor([voice.spoken[-1] for voice in voices])
-    if last is not None and last.tokens == len(voices):
-        return replace(last, text_ids=ids.to(model.device), positions=last.positions + 1)
-    words = [[Segment(Kind.TEXT, Role.ANSWER, one)] for one in ids.split(1)]
-    at = [
-        [torch.full((3, 1), begin + len(voice.spoken) - 1)]
-        for begin, voice in zip(begins, voices, strict=True)
-    ]
-    return pack(words, model.config, positions=at, dense=False).to(model.device, model.dtype)
-
-
-def _say(voice: Voice, logits: Tensor, stop: Collection[int]) -> None:
-    """Draw the next id from logits [allowed]."""
-    voice.spoken.append(_choose(logits, voice.spoken, voice.config, voice.generator))
-    voice.ended = voice.spoken[-1] in stop or len(voice.spoken) == voice.config.max_tokens
-
-
-def _choose(logits: Tensor, spoken: list[int], config: TextConfig, generator: torch.Generator | None) -> int:
-    """One id from logits [allowed]: repetition penalty, then greedy, or temperature, top-k and top-p."""
-    if config.repetition_penalty != 1.0 and spoken:
-        seen = torch.tensor(sorted(set(spoken)), device=logits.device)
-        value = logits[seen]
-        factor = config.repetition_penalty
-        logits = logits.index_copy(0, seen, torch.where(value > 0, value / factor, value * factor))
-    if config.temperature == 0:
-        return int(logits.argmax())
-    probability, order = (logits / config.temperature).softmax(-1).sort(descending=True)
-    if config.top_k:
-        probability[config.top_k :] = 0
-    before = probability.cumsum(-1) - probability
-    probability[before >= config.top_p] = 0
-    drawn = torch.multinomial(probability.cpu(), 1, generator=generator)
-    return int(order[int(drawn)])

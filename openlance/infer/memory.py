@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import Any
@@ -21,34 +21,48 @@ from torch.utils._pytree import tree_leaves
 
 from openlance.config import ModelConfig, SamplingConfig, TextConfig
 from openlance.data.buckets import VIT_DIVISOR, Buckets
-from openlance.infer.context import encode
+from openlance.infer.context import Context, encode
 from openlance.infer.generate import Denoising, Target
 from openlance.infer.orders import PARTS_OF
+from openlance.model.cache import Workspace
 from openlance.model.checkpoint import count_parameters
 from openlance.model.lance import Lance
+from openlance.model.tiles import Tiles
 from openlance.model.vae import VAE
+from openlance.model.vision import PATCHES_AT_ONCE
 from openlance.sequence.segment import Kind, Role, Sample, Segment
 from openlance.sequence.template import Task, compose, system_prompt
 
 META = torch.device("meta")
 MEASURED = torch.float32  # what runs on meta; other dtypes are reckoned from it
+DEPTHS = (2, 3)  # layers of the networks that are run
 PROMPT = "word " * 64
-CHUNKS = 2  # latent frames that the VAE is run on: its later ones need what the second one does
+MANY_WORDS = 10_000  # tokens of a vocabulary that has a token for four letters, in the mean
+CHUNKS = 3  # latent frames that the VAE is run on: its later ones need what the third one does
 
 
 @dataclass(frozen=True)
 class Need:
     """What one request of a task takes, in bytes, at the checkpoint's default sizes.
 
-    weights: of the parts that the task loads. working: the most that lives on top of them, at `phase`.
-    tokens: length of the sequence.
+    weights: of the parts that the task loads. phases: the most that lives on top of them in each: encode
+    (the VAE), look (the vision tower), context, denoise or answer, decode (the VAE). tokens: length of the
+    sequence.
     """
 
     task: Task
     tokens: int
     weights: int
-    working: int
-    phase: str
+    phases: dict[str, int]
+
+    @property
+    def phase(self) -> str:
+        """Where it needs most."""
+        return max(self.phases, key=self.phases.__getitem__)
+
+    @property
+    def working(self) -> int:
+        return self.phases[self.phase]
 
     @property
     def total(self) -> int:
@@ -62,60 +76,84 @@ class Estimator:
         self.config = config
         self.counts = count_parameters(config)
         with META:
-            self._vae = VAE(config.vae).eval()
             self._networks = [
                 Lance(
                     replace(config, backbone=replace(config.backbone, layers=layers)), {"und", "gen"}
                 ).eval()
-                for layers in (1, 2)
+                for layers in DEPTHS
             ]
+        self._vae = cache(self._make_vae)
         self._encode = cache(self._run_encode)
         self._decode = cache(self._run_decode)
+        self._network = cache(self._run_network)
 
-    def need(self, task: Task, dtype: torch.dtype) -> Need:
-        """Of one request: one picture or clip looked at where the task has one, guidance on."""
+    def need(self, task: Task, dtype: torch.dtype, tiles: Tiles | None = None) -> Need:
+        """Of one request: one picture or clip looked at where the task has one, guidance on.
+
+        tiles: how the VAE runs.
+        """
         config, sizes = self.config, self.config.sizes
         weights = sum(self.counts[part] for part in PARTS_OF[task]) * dtype.itemsize
         frames = _fitting(sizes.frames, config) if task.video else 1
         side = sizes.video if task.video else sizes.image
         vit_side = sizes.vit_video if task.video else sizes.vit_image
         encoded, looks = _shown(task, config)
-        sample = _sample(task, config, frames, side, vit_side)
-        phases = {"denoise" if task.generates else "answer": self._network(sample)}
+        tokens, network = self._network(task)
+        phases = dict(network)
         if looks:
-            phases["look"] = _look(config, frames, vit_side)
+            seen = 1 if task in (Task.SUBJECT_IMAGE, Task.SUBJECT_VIDEO) else frames
+            phases["look"] = _look(config, seen, vit_side)
+        phases = {name: size * dtype.itemsize // MEASURED.itemsize for name, size in phases.items()}
         if encoded:
-            phases["encode"] = self._encode(encoded, side)
+            phases["encode"] = self._encode(encoded, side, dtype, tiles)
         if task.generates:
-            phases["decode"] = self._decode(frames, side)
-        phase = max(phases, key=phases.__getitem__)
-        working = phases[phase] * dtype.itemsize // MEASURED.itemsize
-        return Need(task, sum(map(len, sample)), weights, working, phase)
+            phases["decode"] = self._decode(frames, side, dtype, tiles)
+        return Need(task, tokens, weights, phases)
 
-    def _network(self, sample: Sample) -> int:
-        """The network: context, caches of both guidance branches, and one denoising step or room for words.
+    def _run_network(self, task: Task) -> tuple[int, dict[str, int]]:
+        """Tokens; and what the network takes: context and caches of both guidance branches, then one
+        denoising step, or room for words.
 
-        Layers differ only in the keys and values that they leave behind, so two of them tell of all.
+        From the second on, layers differ only in the keys and values that they leave behind, so that three
+        tell of all.
         """
-        one, two = (_measure(partial(_use, model, sample)) for model in self._networks)
-        return one + (two - one) * (self.config.backbone.layers - 1)
+        config, sizes = self.config, self.config.sizes
+        frames = _fitting(sizes.frames, config) if task.video else 1
+        side = sizes.video if task.video else sizes.image
+        sample = _sample(task, config, frames, side, sizes.vit_video if task.video else sizes.vit_image)
+        stages = _denoise if task.generates else _answer
+        measured = (_measure([partial(stage, model, sample) for stage in stages]) for model in self._networks)
+        names = ("context", "denoise" if task.generates else "answer")
+        phases = {}
+        for name, two, three in zip(names, *measured, strict=True):
+            ends = zip(two, three, strict=True)  # work decides, or what is left: one grows faster with depth
+            phases[name] = max(a + (b - a) * (config.backbone.layers - DEPTHS[0]) for a, b in ends)
+        return sum(map(len, sample)), phases
 
-    def _run_encode(self, frames: int, side: int) -> int:
-        """The VAE's encoder; of frames beyond `CHUNKS` latent ones, the pixels (twice: they are cut up)."""
-        vae = self.config.vae
-        side = side // vae.spatial_stride * vae.spatial_stride
-        run = min(frames, (CHUNKS - 1) * vae.temporal_stride + 1)
-        pixels = 2 * (frames - run) * 3 * side * side * MEASURED.itemsize
-        return pixels + _measure(lambda: self._vae.encode(torch.empty(1, 3, run, side, side, device=META)))
+    def _make_vae(self, dtype: torch.dtype) -> VAE:
+        with META:
+            return VAE(self.config.vae).eval().to(dtype)
 
-    def _run_decode(self, frames: int, side: int) -> int:
-        """The VAE's decoder: work on a chunk beside all pixels so far, or all pixels joined and unfolded."""
-        vae = self.config.vae
-        cells, count = side // vae.spatial_stride, _latent_frames(frames, self.config)
-        run = min(count, CHUNKS)
-        pixels = frames * 3 * (cells * vae.spatial_stride) ** 2 * MEASURED.itemsize
-        latents = torch.empty(1, run, cells, cells, vae.channels, device=META)
-        return max(pixels * (count - run) // count + _measure(lambda: self._vae.decode(latents)), 3 * pixels)
+    def _run_encode(self, frames: int, side: int, dtype: torch.dtype, tiles: Tiles | None) -> int:
+        """The VAE's encoder; of the pixels, which wait on the host, one chunk is on the device."""
+        stride = self.config.vae.spatial_stride
+        side = side // stride * stride
+        run = min(frames, (CHUNKS - 1) * self.config.vae.temporal_stride + 1)
+        pixels = torch.empty(1, 3, run, side, side, device=META, dtype=dtype)
+        return self._run_vae(dtype, tiles, lambda vae: vae.encode(pixels))
+
+    def _run_decode(self, frames: int, side: int, dtype: torch.dtype, tiles: Tiles | None) -> int:
+        """The VAE's decoder; frames leave the device as they come."""
+        cells = side // self.config.vae.spatial_stride
+        run = min(_latent_frames(frames, self.config), CHUNKS)
+        latents = torch.empty(1, run, cells, cells, self.config.vae.channels, device=META, dtype=dtype)
+        return self._run_vae(dtype, tiles, lambda vae: [None for _ in vae.stream(latents)])
+
+    def _run_vae(self, dtype: torch.dtype, tiles: Tiles | None, run: Callable[[VAE], Any]) -> int:
+        vae = self._vae(dtype)
+        vae.tiles = tiles
+        [(most, _)] = _measure([lambda _: run(vae)])
+        return most
 
 
 class Peak(TorchDispatchMode):
@@ -155,12 +193,17 @@ class Peak(TorchDispatchMode):
         self.live -= size
 
 
-def _measure(run: Callable[[], Any]) -> int:
-    """The most bytes alive at once on the meta device during `run`."""
+def _measure(stages: Sequence[Callable[[Any], Any]]) -> list[tuple[int, int]]:
+    """Bytes alive on the meta device at most during each stage, and at its end; a stage is given what the one
+    before made, the first one nothing."""
+    found, made = [], None
     with torch.inference_mode(), Peak() as peak:
-        result = run()
-        del result
-    return peak.most
+        for stage in stages:
+            peak.most = peak.live
+            made = stage(made)
+            found.append((peak.most, peak.live))
+        del made
+    return found
 
 
 def _fitting(frames: int, config: ModelConfig) -> int:
@@ -199,9 +242,8 @@ def _sample(task: Task, config: ModelConfig, frames: int, side: int, vit_side: i
     ending = None
     if task.generates:
         ending = Segment(Kind.NOISY, Role.TARGET, grid=(_latent_frames(frames, config), cells, cells))
-    made = compose(
-        [*parts, PROMPT], four_letters, system=system_prompt(task, config.system_prompts), ending=ending
-    )
+    encode = four_letters if config.backbone.vocab >= MANY_WORDS else _each_letter
+    made = compose([*parts, PROMPT], encode, system=system_prompt(task, config.system_prompts), ending=ending)
     return made if ending is None else made[: made.index(ending) + 1]
 
 
@@ -209,6 +251,11 @@ def four_letters(text: str) -> tuple[list[int], list[tuple[int, int]]]:
     """A tokenizer's place is taken by one token for four characters."""
     cuts = [(start, min(start + 4, len(text))) for start in range(0, len(text), 4)]
     return [0] * len(cuts), cuts
+
+
+def _each_letter(text: str) -> tuple[list[int], list[tuple[int, int]]]:
+    """The same of a small vocabulary, which has few whole words."""
+    return [0] * len(text), [(place, place + 1) for place in range(len(text))]
 
 
 def _latent_frames(frames: int, config: ModelConfig) -> int:
@@ -219,24 +266,46 @@ def _vit_side(side: int) -> int:
     return Buckets(side).out_size(1, 1, VIT_DIVISOR)[0]
 
 
-def _use(model: Lance, sample: Sample) -> Any:
-    """One denoising step of both branches, or an answer about to begin; gives all that is then alive."""
-    if sample[-1].kind is not Kind.NOISY:
-        context = encode(model, sample)
-        assert context.last_hidden is not None
-        return context.cache.frozen(room=TextConfig().max_tokens), model.head(context.last_hidden)
+def _begin(model: Lance, sample: Sample, _: None) -> Denoising:
+    """The contexts of both guidance branches, and room for the target behind them."""
     grid = sample[-1].grid
     assert grid is not None
     noise = torch.empty(*grid, model.config.vae.channels, device=META)
-    work = Denoising(model, [Target(sample, noise)], SamplingConfig(guidance_interval=(0.0, 1.0)))
+    return Denoising(model, [Target(sample, noise)], SamplingConfig(guidance_interval=(0.0, 1.0)))
+
+
+def _step(model: Lance, sample: Sample, work: Denoising) -> Any:
     return work, work.velocity(work.start, 1.0)
 
 
+def _listen(model: Lance, sample: Sample, _: None) -> tuple[Context, Workspace]:
+    """The context, and room for words behind it."""
+    context = encode(model, sample)
+    return context, context.cache.frozen(room=TextConfig().max_tokens)
+
+
+def _speak(model: Lance, sample: Sample, heard: tuple[Context, Workspace]) -> Any:
+    """An answer about to begin."""
+    hidden = heard[0].last_hidden
+    assert hidden is not None
+    return heard, model.head(hidden)
+
+
+_denoise = (_begin, _step)
+_answer = (_listen, _speak)
+
+
 def _look(config: ModelConfig, frames: int, side: int) -> int:
-    """The vision tower on one clip or picture, by formula (it mixes devices, so cannot run on meta): patches,
-    residual and normed states, and the widest part of a layer, q, k, v and their turned copies or the MLP."""
+    """The vision tower on one clip or picture, by formula (it mixes devices, so cannot run on meta).
+
+    All patches and features; and of the patches that are run at once their residual and normed states, and
+    the widest part of a layer: q, k, v and their turned copies or the MLP.
+    """
     vision = config.vision
-    patches = math.ceil(frames / vision.temporal_patch) * (_vit_side(side) // vision.patch) ** 2
     values = 3 * vision.temporal_patch * vision.patch**2
-    wide = values + 2 * vision.hidden + max(6 * vision.hidden, 3 * vision.mlp)
-    return patches * wide * MEASURED.itemsize
+    frame = (_vit_side(side) // vision.patch) ** 2
+    patches = math.ceil(frames / vision.temporal_patch) * frame
+    once = min(patches, max(frame, PATCHES_AT_ONCE))
+    wide = 2 * values + 2 * vision.hidden + max(6 * vision.hidden, 3 * vision.mlp)
+    features = 2 * patches // vision.merge**2 * vision.out_hidden
+    return (patches * values + features + once * wide) * MEASURED.itemsize

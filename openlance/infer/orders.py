@@ -48,6 +48,7 @@ class Choices(TypedDict, total=False):
     seed: int | None
     negative_prompt: str | None
     steps: int
+    solver: str
     shift: float
     guidance: float
     guidance_interval: tuple[float, float]
@@ -56,6 +57,7 @@ class Choices(TypedDict, total=False):
     visual_guidance: float | None
     sample_posterior: bool
     released_cached_sampler: bool
+    reuse: float
 
 
 class TextOptions(TypedDict, total=False):
@@ -68,6 +70,7 @@ class TextOptions(TypedDict, total=False):
     top_k: int
     repetition_penalty: float
     stop: tuple[str, ...]
+    lookup: int
 
 
 @dataclass(frozen=True, eq=False)

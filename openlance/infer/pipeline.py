@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from typing_extensions import Unpack
@@ -16,34 +17,27 @@ from openlance.config import ModelConfig
 from openlance.data.media import Frames, Source, Video, from_vae_pixels
 from openlance.errors import InputError
 from openlance.infer.conversation import Conversation
-from openlance.infer.device import pick_device
-from openlance.infer.generate import (
-    Cancelled,
-    OnStep,
-    Target,
-    Voice,
-    denoise_together,
-    speak,
-    speak_together,
-)
+from openlance.infer.generate import Cancelled, OnStep, Target, denoise_together
+from openlance.infer.load import load
 from openlance.infer.messages import question as asked
 from openlance.infer.orders import (
-    PARTS_OF,
     AnswerOrder,
     Choices,
     GenerateOrder,
     Order,
     Orders,
     TextOptions,
-    override,
     together,
 )
+from openlance.infer.plan import Plan
 from openlance.infer.prepare import Resolutions, Size, view
 from openlance.infer.result import Answer, Generated
+from openlance.infer.speak import Voice, speak, speak_together
 from openlance.infer.stream import TextStream
 from openlance.model.adapters import load_adapter, merge_adapters, set_adapter, unload_adapters
-from openlance.model.checkpoint import find_release, load_model, load_vae, read_config
 from openlance.model.lance import Lance
+from openlance.model.offload import Placement, paused
+from openlance.model.quantize import Quantize
 from openlance.model.vae import VAE
 from openlance.sequence.segment import Role
 from openlance.sequence.template import Message, Task
@@ -82,6 +76,8 @@ class LancePipeline:
         self.tokenizer = tokenizer
         self.vae = None if vae is None else vae.eval()
         self.order = Orders(self.model, tokenizer, self.vae)
+        self.placement: Placement | None = None
+        self._most_together = TOKENS_TOGETHER
 
     @classmethod
     def from_pretrained(
@@ -93,23 +89,30 @@ class LancePipeline:
         dtype: torch.dtype | None = None,
         tasks: Sequence[Task] | None = None,
         sizes: Mapping[str, Any] | None = None,
+        quantize: Quantize | None = None,
+        max_memory: str | int | None = None,
     ) -> LancePipeline:
         """Load a checkpoint: "nano" (bundled), a folder in the released layout, or a Hugging Face id.
 
         variant: "Lance_3B" or "Lance_3B_Video" where both are there. device: default CUDA, MPS or CPU,
         what there is. dtype: default bfloat16, on CPU float32. tasks: load only what these need.
-        sizes: fields of `Sizes`, over the checkpoint's own.
+        sizes: fields of `Sizes`, over the checkpoint's own. quantize: "int8", "fp8" or "int4" weights for
+        both experts, or a scheme by part, see `openlance.model.quantize`. max_memory: of the device, as "8GB"
+        or in bytes, for requests of these sizes; default what a GPU has free. See `openlance.infer.plan`.
         """
-        device = pick_device(device)
-        dtype = (torch.float32 if device.type == "cpu" else torch.bfloat16) if dtype is None else dtype
-        parts = frozenset().union(*(PARTS_OF[task] for task in tasks or list(Task)))
-        release = find_release(source, variant, parts)
-        tokenizer = Tokenizer.load(release.folder)
-        config = read_config(release, tokenizer)
-        config = replace(config, sizes=override(config.sizes, sizes or {}))
-        vae = load_vae(release, config, device=device, dtype=dtype) if "vae" in parts else None
-        model = load_model(release, config, device=device, dtype=dtype, parts=parts - {"vae"})
-        return cls(model, tokenizer, vae)
+        loaded = load(source, variant, device, dtype, tasks, sizes, quantize, max_memory)
+        made = cls(loaded.model, loaded.tokenizer, loaded.vae)
+        if loaded.plan is not None:
+            made.follow(loaded.plan, loaded.device)
+        return made
+
+    def follow(self, plan: Plan, device: torch.device) -> None:
+        """Keep to a memory plan from here on; where it moves weights, they must be on the host."""
+        self._most_together = plan.tokens
+        if self.vae is not None:
+            self.vae.tiles = plan.tiles
+        if not plan.resident:
+            self.placement = Placement(self.model, self.vae, device, plan.layers)
 
     @property
     def config(self) -> ModelConfig:
@@ -153,7 +156,7 @@ class LancePipeline:
                 raise InputError(f"unknown order {order!r}: make it with lance.order, as lance.order.ask(…)")
         if max_tokens_together < 1:
             raise InputError(f"max_tokens_together must be at least 1, not {max_tokens_together}")
-        return self._run(orders, on_step, on_text, max_tokens_together)
+        return self._run(orders, on_step, on_text, min(max_tokens_together, self._most_together))
 
     def generate_image(
         self, prompt: str, *, size: Size | int | None = None, **options: Unpack[Options]
@@ -270,7 +273,8 @@ class LancePipeline:
     def load_adapter(self, folder: str | Path, name: str = "default") -> None:
         """Add a LoRA adapter, as `openlance train` or PEFT wrote it, under a name; it is now the active
         one."""
-        load_adapter(self.model, folder, name)
+        with paused(self.placement):
+            load_adapter(self.model, folder, name)
 
     def set_adapters(self, *names: str) -> None:
         """Make these adapters, and no others, the active ones; what several add is summed."""
@@ -278,11 +282,13 @@ class LancePipeline:
 
     def merge_adapters(self) -> None:
         """Add what the active adapters do to the weights, and remove them all: no cost any more."""
-        merge_adapters(self.model)
+        with paused(self.placement):
+            merge_adapters(self.model)
 
     def unload_adapters(self) -> None:
         """Remove all adapters: the model as it was before."""
-        unload_adapters(self.model)
+        with paused(self.placement):
+            unload_adapters(self.model)
 
     # -- how it is done ------------------------------------------------------------------------------
 
@@ -339,8 +345,8 @@ class LancePipeline:
     def _decode(self, latents: Tensor) -> Frames:
         """uint8 [T, H, W, 3] of latents [T', H', W', channels]."""
         assert self.vae is not None
-        weight = next(self.vae.parameters())
-        return from_vae_pixels(self.vae.decode(latents[None].to(weight))[0])
+        pieces = self.vae.stream(latents[None].to(self.vae.device, self.vae.dtype))
+        return np.concatenate([from_vae_pixels(pixels[0]) for pixels in pieces])
 
     def _remember(self, order: GenerateOrder, frames: Frames, latents: Tensor) -> tuple[Message, ...]:
         """The turns so far, the result as the model will see it included; of edits only."""

@@ -48,8 +48,7 @@ def encode_latents(
     where a generator is given.
     """
     pixels = to_vae_pixels(resize_to_bucket(frames, resolution, VAE_DIVISOR))
-    weight = next(vae.parameters())
-    return vae.encode(pixels[None].to(weight), sample=posterior)[0].float().cpu()
+    return vae.encode(pixels[None].to(vae.dtype), sample=posterior)[0].float().cpu()
 
 
 def view(

@@ -22,6 +22,7 @@ from torch import Tensor
 from openlance.errors import InputError
 from openlance.model.checkpoint import check_fit, open_tensors, read_tensor
 from openlance.model.lance import PARTS, Lance
+from openlance.model.quantize import schemes_of
 from openlance.model.release import read_json, some
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -151,8 +152,11 @@ def disabled(model: Lance) -> Iterator[None]:
 def merge_adapters(model: Lance) -> None:
     """Add what the active adapters do to the weights, and remove all adapters: a plain model again.
 
-    Its weights stay without gradients until `requires_grad_` is called.
+    Its weights stay without gradients until `requires_grad_` is called. Raises InputError where the weights
+    are quantised: there is no room for a small change between their levels.
     """
+    if adapter_names(model) and schemes_of(model):
+        raise InputError("adapters cannot be merged into quantised weights: leave them active")
     for _, layer in _layers(model):
         layer.merge()
     unload_adapters(model)
@@ -169,6 +173,7 @@ def unload_adapters(model: Lance) -> None:
 def _inject(peft: ModuleType, config: Any, model: Lance, name: str, **options: bool) -> None:
     with warnings.catch_warnings():  # it warns of a second adapter
         warnings.filterwarnings("ignore", "Already found a `peft_config`")
+        warnings.filterwarnings("ignore", ".*get_apply_tensor_subclass")  # for merging, which we refuse
         peft.inject_adapter_in_model(config, model, name, **options)
 
 

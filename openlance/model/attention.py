@@ -73,6 +73,18 @@ class Shared:
     share: Share
 
 
+@dataclass(frozen=True, eq=False)
+class Gathered(Shared):
+    """The same where the cache gathers the keys and values of all: the queries stay where they are.
+
+    whole: whom the queries of this process see.
+    """
+
+    whole: Full | Streams  # type: ignore[assignment]
+
+
+FEW_QUERIES = 64  # their mask is small beside the keys
+
 Pattern = Full | CausalTail | Rows | Flex | Streams | Shared
 
 
@@ -95,6 +107,8 @@ def flex_pattern(visibility: Visibility) -> Flex:
 
 def attention(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> Tensor:
     """Grouped-query attention: q [N, heads, d]; k, v [M, kv_heads, d] → [N, heads, d]."""
+    if isinstance(pattern, Gathered):
+        return attention(q, k, v, pattern.whole)
     if isinstance(pattern, Shared):
         q, k, v = pattern.share.to_heads(q, k, v)
         return pattern.share.to_tokens(attention(q, k, v, pattern.whole))
@@ -106,9 +120,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> Tensor:
     if isinstance(pattern, Flex):
         out = _flex(pattern.compiled)(q, k, v, block_mask=pattern.block_mask, enable_gqa=True)
     elif isinstance(pattern, CausalTail) and q.shape[2] > 1:
-        groups = q.shape[1] // k.shape[1]
-        k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=_tail_mask(q.shape[2], k.shape[2], q.device))
+        out = _causal_tail(q, k, v)
     else:
         out = F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
     return out[0].transpose(0, 1)
@@ -131,9 +143,25 @@ def _streams(q: Tensor, k: Tensor, v: Tensor, pattern: Streams) -> Tensor:
     return torch.cat(outs)[pattern.back]
 
 
+def _causal_tail(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """q [1, heads, n, d]; k, v [1, kv_heads, m, d] → [1, heads, n, d].
+
+    A few queries stand behind each other for all heads that share keys, so that none is copied; of many, the
+    keys are repeated for each head, which a kernel without a mask wants.
+    """
+    groups, queries = q.shape[1] // k.shape[1], q.shape[2]
+    mask = _tail_mask(queries, k.shape[2], q.device)
+    if queries > FEW_QUERIES:
+        k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    folded = q.unflatten(1, (-1, groups)).flatten(2, 3)  # [1, kv_heads, groups · n, d]
+    out = F.scaled_dot_product_attention(folded, k, v, attn_mask=mask.repeat(groups, 1))
+    return out.unflatten(2, (groups, queries)).flatten(1, 2)
+
+
 def _tail_mask(queries: int, keys: int, device: torch.device) -> Tensor:
-    """Who sees whom in a causal tail, [queries, keys]; on CUDA a stand-in that takes no memory."""
-    if device.type != "cuda":
+    """Who sees whom in a causal tail, [queries, keys]; of many on CUDA, a stand-in that takes no memory."""
+    if device.type != "cuda" or queries <= FEW_QUERIES:
         return torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
     from torch.nn.attention.bias import causal_lower_right  # not above: it loads torch's compiler
 

@@ -15,6 +15,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -26,6 +27,19 @@ from openlance.errors import InputError
 from openlance.model.hub import find_release
 from openlance.model.lance import Lance
 from openlance.model.names import PARTS, POSITION_TABLE, VISION, part_of, to_ours, to_released
+from openlance.model.quantize import (
+    Scheme,
+    check_fits,
+    check_packing,
+    flattened,
+    pieces,
+    placed,
+    quantize_weight,
+    quantized_in,
+    scheme_for,
+    scheme_of,
+    stored_bytes,
+)
 from openlance.model.release import (
     LLM_CONFIG,
     VAE_FILES,
@@ -68,19 +82,22 @@ def load_model(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     parts: Iterable[str] = PARTS,
+    quantize: Mapping[str, Scheme] = MappingProxyType({}),
 ) -> Lance:
     """The network with the release's weights, in `dtype` on `device`.
 
     parts: which of "und", "gen" and "vision" to build and read; weights of the others are left alone.
+    quantize: the scheme of parts, see `openlance.model.quantize`; layers that are stored quantised stay so.
     The ViT comes from model.safetensors (`vit_model.*`); what is not there, from vit.safetensors.
     Raises InputError naming the file and the parameters that are missing, surplus, misshapen or not finite.
     """
     parts = frozenset(parts)
     with torch.device("meta"):
         model = Lance(config, parts)
+    check_fits(quantize, model)
     with ExitStack() as files:
         stored = _stored_model(release, parts, model, files)
-        fill(model, stored, device, dtype, release.folder, lambda name: to_released(name) or name)
+        fill(model, stored, device, dtype, release.folder, lambda name: to_released(name) or name, quantize)
     return model
 
 
@@ -149,12 +166,14 @@ def open_tensors(path: Path, files: ExitStack) -> dict[str, Stored]:
         return _open_pickled(path)
     try:
         file = files.enter_context(safe_open(path, framework="pt"))
-        return {
-            key: Stored(path, key, tuple(file.get_slice(key).get_shape()), partial(file.get_tensor, key))
-            for key in file.keys()  # noqa: SIM118 (not a dict)
-        }
+        shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118 (not a dict)
     except (SafetensorError, OSError) as error:
         raise InputError(f"{path}: cannot be read as safetensors, is it complete? ({error})") from error
+    stored = {key: Stored(path, key, shapes[key], partial(file.get_tensor, key)) for key in shapes}
+    for name, (shape, read, keys) in quantized_in(file.metadata() or {}, shapes, file.get_tensor).items():
+        stored = {key: tensor for key, tensor in stored.items() if key not in keys}
+        stored[name] = Stored(path, name, shape, read)
+    return stored
 
 
 def _open_pickled(path: Path) -> dict[str, Stored]:
@@ -179,14 +198,17 @@ def fill(
     dtype: torch.dtype,
     where: Path,
     released: Callable[[str], str],
+    quantize: Mapping[str, Scheme] = MappingProxyType({}),
 ) -> None:
     """Gives every parameter of a module built on meta its stored tensor, one after the other."""
     parameters = dict(module.named_parameters())
     check_fit({name: tuple(p.shape) for name, p in parameters.items()}, stored, where, released)
     for name, parameter in parameters.items():
-        tensor = read_tensor(stored[name], device, dtype)
+        scheme = scheme_for(quantize, name, tuple(parameter.shape))
+        tensor = read_tensor(stored[name], device, dtype, scheme)
         owner, _, leaf = name.rpartition(".")
-        setattr(module.get_submodule(owner), leaf, nn.Parameter(tensor, parameter.requires_grad))
+        learns = parameter.requires_grad and scheme_of(tensor) is None
+        setattr(module.get_submodule(owner), leaf, nn.Parameter(tensor, learns))
     module.to(device)  # buffers, which are computed and not stored
     lost = [name for name, tensor in (*module.named_parameters(), *module.named_buffers()) if tensor.is_meta]
     assert not lost, f"built without values: {lost}"
@@ -216,18 +238,38 @@ def check_fit(
         raise InputError(f"{where}: the weights do not fit the configuration: {'; '.join(wrong)}")
 
 
-def read_tensor(stored: Stored, device: torch.device | str, dtype: torch.dtype) -> Tensor:
-    """A tensor of its own memory (never the mapped file's) in `dtype` on `device`, known to be finite."""
+def read_tensor(
+    stored: Stored, device: torch.device | str, dtype: torch.dtype, scheme: Scheme | None = None
+) -> Tensor:
+    """A tensor of its own memory (never the mapped file's) in `dtype` on `device`, known to be finite.
+
+    scheme: to quantise it, from its values as they are stored; it then computes in `dtype`.
+    """
     try:
         raw = stored.read()
     except (SafetensorError, OSError, RuntimeError) as error:
         raise InputError(f"{stored.file}: {stored.key} cannot be read ({error})") from error
     if not raw.is_floating_point():
         raise InputError(f"{stored.file}: {stored.key} holds {raw.dtype}, not real numbers")
-    tensor = torch.empty(stored.shape, dtype=dtype, device=device).copy_(raw)
-    if not torch.stack(tensor.aminmax()).isfinite().all():  # unlike isfinite(tensor), takes no memory
-        raise InputError(f"{stored.file}: {stored.key} holds NaN or infinite values as {dtype}")
-    return tensor
+    kept = scheme_of(raw)
+    if kept is not None:
+        if scheme not in (None, kept):
+            raise InputError(f"{stored.file}: the weights are quantised already, as {kept.name}")
+        check_packing(raw, device)
+        tensor = placed(raw, device, dtype)
+        _check_finite(pieces(tensor).values(), stored, dtype)
+        return tensor
+    exact = raw.dtype if scheme is not None else dtype
+    tensor = torch.empty(stored.shape, dtype=exact, device=device).copy_(raw)
+    _check_finite([tensor], stored, exact)
+    return tensor if scheme is None else quantize_weight(tensor, scheme, dtype)
+
+
+def _check_finite(tensors: Iterable[Tensor], stored: Stored, dtype: torch.dtype) -> None:
+    for tensor in tensors:
+        if tensor.dtype.itemsize > 1 and not torch.stack(tensor.aminmax()).isfinite().all():
+            # unlike isfinite(tensor), aminmax takes no memory; numbers of one byte are scaled, and finite
+            raise InputError(f"{stored.file}: {stored.key} holds NaN or infinite values as {dtype}")
 
 
 def save_pretrained(
@@ -282,12 +324,13 @@ def save_pretrained(
 def _write_shards(tensors: dict[str, Tensor], folder: Path, dtype: torch.dtype | None, limit: int) -> None:
     shards = list(_shards(tensors, dtype, limit))
     if len(shards) == 1:
-        return _write(tensors, folder / WEIGHTS, dtype)
+        _write(tensors, folder / WEIGHTS, dtype)
+        return
     table: dict[str, str] = {}
     for number, shard in enumerate(shards, start=1):
         name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        _write({key: tensors[key] for key in shard}, folder / name, dtype)
-        table |= dict.fromkeys(shard, name)
+        keys = _write({key: tensors[key] for key in shard}, folder / name, dtype)
+        table |= dict.fromkeys(keys, name)
     total = sum(_size(tensor, dtype) for tensor in tensors.values())
     write_json(folder / WEIGHTS_INDEX, {"metadata": {"total_size": total}, "weight_map": table})
 
@@ -306,14 +349,19 @@ def _shards(tensors: dict[str, Tensor], dtype: torch.dtype | None, limit: int) -
 
 
 def _size(tensor: Tensor, dtype: torch.dtype | None) -> int:
-    return tensor.numel() * (dtype or tensor.dtype).itemsize
+    quantized = scheme_of(tensor) is not None
+    return stored_bytes(tensor) if quantized else tensor.numel() * (dtype or tensor.dtype).itemsize
 
 
-def _write(tensors: dict[str, Tensor], path: Path, dtype: torch.dtype | None) -> None:
-    ready = {
-        name: tensor.detach().to(device="cpu", dtype=dtype).contiguous() for name, tensor in tensors.items()
-    }
-    save_file(ready, path, metadata={"format": "pt"})
+def _write(tensors: dict[str, Tensor], path: Path, dtype: torch.dtype | None) -> list[str]:
+    """Gives the keys that the file has. Quantised tensors stay as they are, whatever the dtype."""
+    ready = {}
+    for name, tensor in tensors.items():
+        wanted = dtype if scheme_of(tensor) is None else None
+        ready[name] = tensor.detach().to(device="cpu", dtype=wanted).contiguous()
+    plain, header = flattened(ready)
+    save_file(plain, path, metadata={"format": "pt"} | header)
+    return list(plain)
 
 
 def _move_in(stage: Path, folder: Path, variant: str, old: Path) -> None:

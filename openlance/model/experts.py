@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from openlance.config import BackboneConfig
 from openlance.model.attention import Pattern, attention
 from openlance.model.cache import KVCache, Workspace
+from openlance.model.norm import RMSNorm
 from openlance.model.rope import rotate
 
 EXPERTS = ("und", "gen")
@@ -21,14 +22,14 @@ class ExpertLayer(nn.Module):
         super().__init__()
         hidden, size, eps = config.hidden, config.head_dim, config.norm_eps
         self.head_dim = size
-        self.attn_norm = nn.RMSNorm(hidden, eps)
+        self.attn_norm = RMSNorm(hidden, eps)
         self.q = nn.Linear(hidden, config.heads * size)
         self.k = nn.Linear(hidden, config.kv_heads * size)
         self.v = nn.Linear(hidden, config.kv_heads * size)
-        self.q_norm = nn.RMSNorm(size, eps) if config.qk_norm else nn.Identity()
-        self.k_norm = nn.RMSNorm(size, eps) if config.qk_norm else nn.Identity()
+        self.q_norm = RMSNorm(size, eps) if config.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(size, eps) if config.qk_norm else nn.Identity()
         self.o = nn.Linear(config.heads * size, hidden, bias=False)
-        self.mlp_norm = nn.RMSNorm(hidden, eps)
+        self.mlp_norm = RMSNorm(hidden, eps)
         self.gate = nn.Linear(hidden, config.mlp, bias=False)
         self.up = nn.Linear(hidden, config.mlp, bias=False)
         self.down = nn.Linear(config.mlp, hidden, bias=False)

@@ -16,6 +16,8 @@ from torch.nn import functional as F
 
 from openlance.config import VAEConfig
 from openlance.errors import InputError
+from openlance.model import tiles
+from openlance.model.tiles import Tiles, memory
 
 PIXEL_PATCH = 2  # the network sees 2 by 2 pixels as 12 channels
 
@@ -47,11 +49,17 @@ RESIDUAL_PARTS = (
 
 
 class VAE(nn.Module):
-    """Pictures and clips to normalised latents and back; computes in the dtype of its weights."""
+    """Pictures and clips to normalised latents and back; computes in the dtype of its weights.
+
+    tiles: run the widest stages in pieces, for less memory; None is all at once, and fastest.
+    runs_on: the device that it computes on, where weights wait elsewhere (see `openlance.model.offload`).
+    """
 
     def __init__(self, config: VAEConfig) -> None:
         super().__init__()
         self.config = config
+        self.tiles: Tiles | None = None
+        self.runs_on: torch.device | None = None
         self.net = AutoencoderKLWan(
             base_dim=config.base,
             decoder_base_dim=config.decoder_base,
@@ -72,10 +80,19 @@ class VAE(nn.Module):
             if isinstance(module, WanCausalConv3d):
                 module.__class__ = CausalConv
 
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device if self.runs_on is None else self.runs_on
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.parameters()).dtype
+
     def encode(self, pixels: Tensor, sample: torch.Generator | None = None) -> Tensor:
         """pixels [B, 3, T, H, W] in [-1, 1] -> normalised latents [B, (T-1)/4 + 1, H/16, W/16, channels].
 
-        The mean of the posterior, or a draw from it where a generator is given.
+        The mean of the posterior, or a draw from it where a generator is given. Pixels may be on the host:
+        those of one latent frame at a time go to the device.
         Raises InputError where T, H or W does not fit the strides.
         """
         latents, logvar = self.posterior(pixels)
@@ -91,32 +108,52 @@ class VAE(nn.Module):
 
         `clamp=False` gives the network's own values, for losses and comparisons.
         """
-        mean, std = self._statistics(latents)
-        pixels = self.reconstruct((latents * std + mean).permute(0, 4, 1, 2, 3))
+        pixels = torch.cat(list(self._decoded(self._unnormalised(latents))), dim=2)
         return pixels.clamp(-1, 1) if clamp else pixels
+
+    def stream(self, latents: Tensor) -> Iterator[Tensor]:
+        """What `decode` gives, in pieces as they come: the first frame, then four at a time."""
+        for pixels in self._decoded(self._unnormalised(latents)):
+            yield pixels.clamp(-1, 1)
 
     def posterior(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and log-variance, not normalised, each [B, channels, T', H', W'], of pixels as in `encode`."""
         self._check(pixels)
-        stride = self.config.temporal_stride
-        frames = patchify(pixels, PIXEL_PATCH)
-        cache: list = [None] * _causal_convs(self.net.encoder)
-        chunks = [frames[:, :, :1], *frames[:, :, 1:].split(stride, dim=2)]
-        encoded = [
-            self.net.encoder(chunk, feat_cache=cache, feat_idx=[0]) for chunk in chunks if chunk.shape[2]
-        ]
-        mean, logvar = self.net.quant_conv(torch.cat(encoded, dim=2)).chunk(2, dim=1)
+        pieces = [pixels[:, :, :1], *pixels[:, :, 1:].split(self.config.temporal_stride, dim=2)]
+        chunks = (patchify(piece.to(self.device), PIXEL_PATCH) for piece in pieces if piece.shape[2])
+        encoded: Iterator[Tensor]
+        if self.tiles is None:
+            cache = memory(self.net.encoder, more=len(pixels[0, 0]) > 1)
+            encoded = (self.net.encoder(chunk, feat_cache=cache, feat_idx=[0]) for chunk in chunks)
+        else:
+            encoded = tiles.encode(self.net, chunks, self.config, self.tiles, more=len(pixels[0, 0]) > 1)
+        mean, logvar = self.net.quant_conv(torch.cat(list(encoded), dim=2)).chunk(2, dim=1)
         return mean, logvar
 
     def reconstruct(self, latents: Tensor) -> Tensor:
         """Latents that are not normalised [B, channels, T, H, W] -> pixels as in `decode`, not clamped."""
+        return torch.cat(list(self._decoded(latents)), dim=2)
+
+    def _decoded(self, latents: Tensor) -> Iterator[Tensor]:
+        """The same, latent frame by latent frame."""
         latents = self.net.post_quant_conv(latents)
-        cache: list = [None] * _causal_convs(self.net.decoder)
-        decoded = [
-            self.net.decoder(chunk, feat_cache=cache, feat_idx=[0], first_chunk=index == 0)
-            for index, chunk in enumerate(latents.split(1, dim=2))
-        ]
-        return unpatchify(torch.cat(decoded, dim=2), PIXEL_PATCH)
+        decoded: Iterator[Tensor]
+        if self.tiles is None:
+            cache = memory(self.net.decoder, more=latents.shape[2] > 1)
+            decoded = (
+                self.net.decoder(chunk, feat_cache=cache, feat_idx=[0], first_chunk=index == 0)
+                for index, chunk in enumerate(latents.split(1, dim=2))
+            )
+        else:
+            decoded = tiles.decode(self.net, latents, self.config, self.tiles)
+        for pixels in decoded:
+            yield unpatchify(pixels, PIXEL_PATCH)
+
+    def _unnormalised(self, latents: Tensor) -> Tensor:
+        """Normalised latents [B, T, H, W, channels] as the network has them, [B, channels, T, H, W]."""
+        latents = latents.to(self.device)
+        mean, std = self._statistics(latents)
+        return (latents * std + mean).permute(0, 4, 1, 2, 3)
 
     def _check(self, pixels: Tensor) -> None:
         if pixels.dim() != 5 or pixels.shape[1] != 3:
@@ -176,8 +213,3 @@ def _parts(released: str, ours: str) -> Iterator[tuple[str, str]]:
         yield f"{released}.{released_part}", f"{ours}.{our_part}"
     for part in ("norm", "to_qkv", "proj", "resample.1", "time_conv"):
         yield f"{released}.{part}", f"{ours}.{part}"
-
-
-def _causal_convs(module: nn.Module) -> int:
-    """How many causal convolutions keep earlier frames: the length of the cache between chunks."""
-    return sum(isinstance(part, WanCausalConv3d) for part in module.modules())

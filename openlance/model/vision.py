@@ -19,6 +19,9 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
 from openlance.config import VisionConfig
 from openlance.errors import InputError
 
+PATCHES_AT_ONCE = 8192
+"""Of a long clip. Attention never leaves a pair of frames, so runs of them give what the whole gives."""
+
 
 class Vision(nn.Module):
     """The vision tower. It can be built under `torch.device("meta")` and given its weights later."""
@@ -54,7 +57,19 @@ class Vision(nn.Module):
         wanted = int(grid.prod(dim=1).sum())
         if wanted != patches.shape[0]:
             raise InputError(f"{patches.shape[0]} patches, but the grids {grid.tolist()} hold {wanted}")
-        return self.tower(patches, grid).pooler_output
+        if wanted <= PATCHES_AT_ONCE:
+            return self.tower(patches, grid).pooler_output
+        runs = torch.tensor([run for clip in grid.tolist() for run in _runs(*clip)], device=grid.device)
+        parts = patches.split(runs.prod(dim=1).tolist())
+        return torch.cat(
+            [self.tower(part, run).pooler_output for part, run in zip(parts, runs.split(1), strict=True)]
+        )
+
+
+def _runs(frames: int, rows: int, columns: int) -> list[list[int]]:
+    """The grid of a clip, (t, h, w) in patches, as grids of runs of its frames."""
+    most = max(1, PATCHES_AT_ONCE // (rows * columns))
+    return [[min(most, frames - start), rows, columns] for start in range(0, frames, most)]
 
 
 class Rotary(Qwen2_5_VLVisionRotaryEmbedding):

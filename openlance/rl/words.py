@@ -11,7 +11,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from openlance.config import RLConfig, TextConfig
 from openlance.errors import InputError
-from openlance.infer.generate import Voice, speak_together
+from openlance.infer.speak import Voice, speak_together
 from openlance.rl.grpo import Judged, clipped
 from openlance.rl.rewards.base import Media
 from openlance.rl.rollout import Prompt

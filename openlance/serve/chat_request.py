@@ -7,6 +7,8 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
+from openlance.config import SolverName
+
 MAX_SEED = 2**63 - 1
 MOST = 2**31 - 1  # of any count
 
@@ -175,12 +177,14 @@ class PictureSettings(Strict):
     """How pictures are denoised. What is not given is the model's own."""
 
     steps: Annotated[int | None, Field(ge=1, le=MOST)] = None
+    solver: SolverName | None = None
     shift: Annotated[float | None, Field(gt=0, le=1000)] = None
     guidance: Annotated[float | None, Field(ge=-1000, le=1000)] = None
     guidance_interval: tuple[float, float] | None = None
     renorm: Literal["global", "channel", "none"] | None = None
     renorm_min: Annotated[float | None, Field(ge=0, le=1)] = None
     visual_guidance: Annotated[float | None, Field(ge=-1000, le=1000)] = None
+    reuse: Annotated[float | None, Field(ge=0, le=1000)] = None
     negative_prompt: Words | None = None
     size: Annotated[str | None, Field(pattern=r"^([0-9]{1,5}x[0-9]{1,5}|auto)$")] = None
     """WIDTHxHEIGHT in pixels, as OpenAI writes it; of an edit, the picture that is edited decides."""

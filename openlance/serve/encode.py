@@ -50,8 +50,7 @@ def encode_result(result: Generated, wanted: str | None) -> Made:
 
 def encode_preview(latents: Tensor, vae: VAE) -> bytes:
     """A PNG of the first frame of latents [frames, rows, columns, channels]."""
-    weight = next(vae.parameters())
-    frames = from_vae_pixels(vae.decode(latents[None, :1].to(weight))[0])
+    frames = from_vae_pixels(vae.decode(latents[None, :1].to(vae.device, vae.dtype))[0])
     buffer = BytesIO()
     Image.fromarray(frames[0]).save(buffer, "PNG")
     return buffer.getvalue()

@@ -10,14 +10,16 @@ from dataclasses import dataclass, field
 class ServeConfig:
     """One server.
 
-    model, variant, dtype: as of `LancePipeline.from_pretrained`. adapters: LoRA folders by the name they get.
-    devices: one worker process for each; default all CUDA devices, or the CPU. name: what clients call the
-    model; default the checkpoint's own.
+    model, variant, dtype, quantize, max_memory: as of `LancePipeline.from_pretrained`. adapters: LoRA folders
+    by the name they get. devices: one worker process for each; default all CUDA devices, or the CPU. name:
+    what clients call the model; default the checkpoint's own.
     """
 
     model: str = "nano"
     variant: str | None = None
     dtype: str | None = None
+    quantize: str | None = None
+    max_memory: str | None = None
     name: str | None = None
     adapters: Mapping[str, str] = field(default_factory=dict)
     devices: tuple[str, ...] = ()

@@ -106,7 +106,10 @@ def load(config: ServeConfig, device: str) -> LancePipeline:
     if config.dtype is not None and config.dtype not in DTYPES:
         raise InputError(f"unknown dtype {config.dtype!r}: choose one of {', '.join(DTYPES)}")
     dtype = None if config.dtype is None else getattr(torch, config.dtype)
-    lance = LancePipeline.from_pretrained(config.model, variant=config.variant, device=device, dtype=dtype)
+    lance = LancePipeline.from_pretrained(
+        config.model, variant=config.variant, device=device, dtype=dtype, quantize=config.quantize,
+        max_memory=config.max_memory,
+    )  # fmt: skip
     if lance.model.device.type == "cuda":
         torch.cuda.set_device(lance.model.device)
     for name, folder in config.adapters.items():

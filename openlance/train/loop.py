@@ -23,13 +23,14 @@ from torch.distributed.tensor import DTensor
 
 from openlance.config import TrainConfig, to_dict
 from openlance.errors import InputError
+from openlance.model.flops import work_of
 from openlance.model.lance import Lance
 from openlance.model.names import part_of
 from openlance.sequence.pack import PackedBatch
 from openlance.sequence.segment import Sample
 from openlance.train.checkpoint import Checkpoints
 from openlance.train.draw import draw_batch, generator_of
-from openlance.train.flops import device_peak_flops, flops_per_step, work_of
+from openlance.train.flops import device_peak_flops, flops_per_step
 from openlance.train.losses import Counts, Losses, Objective
 from openlance.train.parallel import Ranks, pattern_of, spread, trained_parameters, whole_state
 from openlance.train.report import NoTracker, Report, Tracker

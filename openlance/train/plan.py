@@ -14,7 +14,8 @@ from typing import Any
 from openlance.config import ModelConfig
 from openlance.errors import InputError
 from openlance.model.checkpoint import count_parameters
-from openlance.train.flops import Work, flops_per_step, vae_encode_flops, vision_flops
+from openlance.model.flops import Work, vae_encode_flops, vision_flops
+from openlance.train.flops import flops_per_step
 from openlance.train.footprint import Job, Layout, Memory, memory
 
 CONTEXTS = (1, 2, 4, 8)

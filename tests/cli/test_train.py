@@ -94,3 +94,11 @@ def test_example_data_is_refused_where_it_cannot_be_made(run: Run) -> None:
     refused(run("data", "example", "shapes.csv", model=None), "shapes.csv", ".parquet")
     refused(run("data", "example", "a.parquet", "--task", "t2x", model=None), "no example data for t2x")
     refused(run("data", "example", "a.parquet", "--rows", 0, model=None), "--rows must be at least 1")
+
+
+def test_quantised_weights_are_not_trained(run: Run, tiny_checkpoint: Path, data: Path) -> None:
+    assert run("quantize", tiny_checkpoint, "--to", "small", "--scheme", "int8", model=None).code == 0
+    refused(
+        run("train", "--preset", "sft", "--init", "small", "--data", data, "--run-dir", "no", model=None),
+        "small", "quantised",
+    )  # fmt: skip

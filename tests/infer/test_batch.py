@@ -19,15 +19,13 @@ from openlance.infer.generate import (
     Denoising,
     Step,
     Target,
-    Voice,
     denoise,
     denoise_together,
-    speak,
-    speak_together,
 )
 from openlance.infer.orders import GenerateOrder, together
 from openlance.infer.pipeline import LancePipeline
 from openlance.infer.result import Answer, Generated
+from openlance.infer.speak import Voice, speak, speak_together
 from openlance.model.attention import Streams, attention
 from openlance.model.cache import KVCache, Workspace
 from openlance.sequence.template import Message

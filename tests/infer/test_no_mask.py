@@ -19,7 +19,8 @@ PROGRAM = """
     sys.path.insert(0, sys.argv[1])
     from tiny import CHANNELS, compose_task, network, noise, seen, target, clean
     from openlance.config import SamplingConfig, TextConfig
-    from openlance.infer.generate import denoise, speak
+    from openlance.infer.generate import denoise
+    from openlance.infer.speak import speak
     from openlance.sequence.template import Task
 
     def peak():

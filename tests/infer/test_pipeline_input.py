@@ -34,7 +34,7 @@ def test_nothing_asked(lance: LancePipeline) -> None:
 def test_unknown_settings_are_named_with_the_known_ones(lance: LancePipeline) -> None:
     with pytest.raises(InputError, match=r"unknown settings cfg: choose from guidance, .*steps"):
         lance.generate_image("a circle", cfg=3.0)
-    with pytest.raises(InputError, match="unknown settings top_q: choose from max_tokens"):
+    with pytest.raises(InputError, match="unknown settings top_q: choose from lookup, max_tokens"):
         lance.ask("Why?", top_q=1)
     with pytest.raises(InputError, match="steps must be at least 1"):
         lance.generate_image("a circle", steps=0)

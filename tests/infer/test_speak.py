@@ -11,7 +11,7 @@ from tiny import config, network, question, samples, seen, tokenizer
 from openlance.config import TextConfig
 from openlance.errors import InputError
 from openlance.infer.context import encode
-from openlance.infer.generate import _choose, speak
+from openlance.infer.speak import _choose, speak
 from openlance.sequence.pack import pack
 from openlance.sequence.segment import Kind, Role, Sample, Segment
 from openlance.sequence.template import Message

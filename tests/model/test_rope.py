@@ -58,3 +58,11 @@ def test_the_table_is_exact_before_it_is_rounded() -> None:
     exact = rotary_table(positions, SHAPE, torch.float32)
     for ours, expected in zip(rotary_table(positions, SHAPE, torch.bfloat16), exact, strict=True):
         assert torch.equal(ours, expected.bfloat16())
+
+
+def test_rotation_without_gradients_is_the_same() -> None:
+    """It adds in place there."""
+    x, table = draw(0), at(3, 14, 15)
+    with torch.inference_mode():
+        short = rotate(x, table)
+    torch.testing.assert_close(short, rotate(x, table), atol=1e-6, rtol=0)

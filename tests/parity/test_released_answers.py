@@ -8,7 +8,7 @@ from golden_case import Case, assert_near, groups, in_order, mask_in_order, unpa
 
 from openlance.config import TextConfig
 from openlance.infer.context import encode
-from openlance.infer.generate import speak
+from openlance.infer.speak import speak
 from openlance.infer.stream import TextStream
 from openlance.sequence.mask import dense_mask
 from openlance.sequence.pack import pack, token_ids

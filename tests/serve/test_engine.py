@@ -384,14 +384,14 @@ def test_what_has_no_room_goes_back(lance: LancePipeline) -> None:
 
 def test_too_little_memory_for_all_together(lance: LancePipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     """Then they run one by one, and only what has not enough memory alone fails."""
-    real = lance.vae.decode
+    real = lance.vae.stream
 
-    def decode(latents: torch.Tensor) -> torch.Tensor:
+    def stream(latents: torch.Tensor) -> Iterator[torch.Tensor]:
         if latents.shape[2:4] == (4, 4):
             torch.empty(10**15)
         return real(latents)
 
-    monkeypatch.setattr(lance.vae, "decode", decode)
+    monkeypatch.setattr(lance.vae, "stream", stream)
     said = answered(ServeConfig(), lance, picture(), picture(size=64), picture())
     assert [type(message) for message in said] == [Ended, Failed, Ended]
     [failed] = [message for message in said if isinstance(message, Failed)]

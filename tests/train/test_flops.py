@@ -12,21 +12,13 @@ from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 from torch.utils.flop_counter import FlopCounterMode
 
 from openlance.config import TrainConfig, lance_3b
+from openlance.model.flops import Work, forward_flops, vae_encode_flops, vision_flops, work_of
 from openlance.model.lance import Lance
 from openlance.model.vision import Vision
 from openlance.sequence.mask import dense_mask
 from openlance.sequence.pack import pack
 from openlance.sequence.segment import Sample
-from openlance.train.flops import (
-    Work,
-    backward_flops,
-    device_peak_flops,
-    flops_per_step,
-    forward_flops,
-    vae_encode_flops,
-    vision_flops,
-    work_of,
-)
+from openlance.train.flops import backward_flops, device_peak_flops, flops_per_step
 from openlance.train.losses import losses
 
 

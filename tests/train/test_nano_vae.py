@@ -24,6 +24,7 @@ from openlance.train.timed import TimedRun
 TINY = VAEConfig(base=2, decoder_base=2, residual_blocks=1, mean=(0.0,) * 48, std=(1.0,) * 48)
 
 
+@pytest.mark.slow
 def test_pictures_then_clips(tmp_path: Path):
     """Each writes weights and measurements; clips leave the latents of pictures as they were, the decoder
     all."""

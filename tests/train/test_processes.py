@@ -92,6 +92,7 @@ def test_muon_on_two_replicas_is_muon_alone(tmp_path: Path) -> None:
     assert_close(here(tmp_path / "one", settings), run(tmp_path / "two", {**settings, "replicas": 2}, 2))
 
 
+@pytest.mark.slow
 def test_a_state_is_read_by_another_number_of_processes(
     tmp_path: Path, alone: tuple[Path, dict[str, torch.Tensor]]
 ) -> None:

@@ -1,0 +1,58 @@
+"""A checkpoint from disk, where its plan for memory wants it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from openlance.infer.device import pick_device
+from openlance.infer.orders import PARTS_OF, override
+from openlance.infer.plan import Plan, plan_for
+from openlance.model.checkpoint import find_release, load_model, load_vae, read_config
+from openlance.model.lance import Lance
+from openlance.model.quantize import Quantize, choose_schemes
+from openlance.model.vae import VAE
+from openlance.sequence.template import Task
+from openlance.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True, eq=False)
+class Loaded:
+    """A checkpoint; device: that it is to compute on. Where the plan moves weights, they are on the host."""
+
+    model: Lance
+    tokenizer: Tokenizer
+    vae: VAE | None
+    device: torch.device
+    plan: Plan | None
+
+
+def load(
+    source: str | Path,
+    variant: str | None,
+    device: str | torch.device | None,
+    dtype: torch.dtype | None,
+    tasks: Sequence[Task] | None,
+    sizes: Mapping[str, Any] | None,
+    quantize: Quantize | None,
+    max_memory: str | int | None,
+) -> Loaded:
+    """The arguments are those of `LancePipeline.from_pretrained`. Raises InputError."""
+    device = pick_device(device)
+    schemes = choose_schemes(quantize, device)
+    dtype = (torch.float32 if device.type == "cpu" else torch.bfloat16) if dtype is None else dtype
+    tasks = tasks or list(Task)
+    parts = frozenset().union(*(PARTS_OF[task] for task in tasks))
+    release = find_release(source, variant, parts)
+    tokenizer = Tokenizer.load(release.folder)
+    config = read_config(release, tokenizer)
+    config = replace(config, sizes=override(config.sizes, sizes or {}))
+    plan = plan_for(config, tasks, dtype, device, max_memory, schemes)
+    home = device if plan is None or plan.resident else torch.device("cpu")
+    vae = load_vae(release, config, device=home, dtype=dtype) if "vae" in parts else None
+    model = load_model(release, config, device=home, dtype=dtype, parts=parts - {"vae"}, quantize=schemes)
+    return Loaded(model, tokenizer, vae, device, plan)

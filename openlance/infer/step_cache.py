@@ -1,0 +1,84 @@
+"""Reuse between denoising steps: where little changed, only the first layer runs (first-block caching).
+
+What the first layer adds to the latents tells how far the others' work has moved since they were last run;
+where that is little, what they added then is added again, and nearly all of a step is saved. It is an
+approximation, off by default.
+
+Everything is kept for each guidance branch by itself, and a target's branches are reused together or not at
+all: what guidance amplifies is their difference, so both must be of the same moment. Where one of them has
+nothing kept, as when guidance begins to act, they are run whole. Guidance acts on velocities, as ever.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from openlance.model.lance import Halves, Stack
+
+if TYPE_CHECKING:
+    from openlance.infer.generate import Pass
+
+Key = tuple[int, int]
+"""Of a branch: its target, and its kind."""
+
+
+@dataclass(frozen=True, eq=False)
+class Kept:
+    """Of a branch's last whole evaluation: what the first layer added, and the others; [n, hidden] each."""
+
+    first: Tensor
+    rest: Tensor
+
+    def change(self, first: Tensor) -> Tensor:
+        """How far the first layer's work is from what is kept, relative to that; a scalar on the device."""
+        apart, size = (x.abs().mean(dtype=torch.float32) for x in (first - self.first, self.first))
+        return apart / size
+
+
+class StepCache:
+    """The layers of one denoising, where not all of them need to run at each step.
+
+    threshold: of the relative change of the first layer's work. runs: for each step, how many branches were
+    run whole, and of how many.
+    """
+
+    def __init__(self, threshold: float):
+        self.threshold = threshold
+        self.runs: list[tuple[int, int]] = []
+        self._kept: dict[Key, Kept] = {}
+
+    def through(self, stack: Stack, halves: Halves, *, now: Pass) -> Halves:
+        """Run the layers over a pass; of what comes out, only the gen half is of the last layer."""
+        keys = [(branch.number, branch.kind) for branch in now.branches]
+        sizes = [branch.segment.inner for branch in now.branches]
+        first = stack.run(halves, 0, 1)
+        before = first["gen"].split(sizes)
+        added = dict(zip(keys, (first["gen"] - halves["gen"]).split(sizes), strict=True))
+        fresh = self._fresh(added)
+        outs = [
+            x if key[0] in fresh else x + self._kept[key].rest for key, x in zip(keys, before, strict=True)
+        ]
+        chosen = [place for place, key in enumerate(keys) if key[0] in fresh]
+        if chosen:
+            whole = len(chosen) == len(keys)
+            stack, some = (stack, first) if whole else now.part(stack, first, chosen)
+            ran = stack.run(some, 1)["gen"].split([sizes[place] for place in chosen])
+            for place, out in zip(chosen, ran, strict=True):
+                outs[place] = out
+                self._kept[keys[place]] = Kept(added[keys[place]], out - before[place])
+        self._kept = {key: self._kept[key] for key in keys}  # a branch that is left out begins anew
+        self.runs.append((len(chosen), len(keys)))
+        return {"und": first["und"], "gen": torch.cat(outs)}
+
+    def _fresh(self, added: dict[Key, Tensor]) -> set[int]:
+        """The targets to be run whole. Reads the device once."""
+        known = [key for key in added if key in self._kept]
+        fresh = {key[0] for key in added if key not in self._kept}
+        if known:
+            changes = torch.stack([self._kept[key].change(added[key]) for key in known]).tolist()
+            fresh |= {key[0] for key, c in zip(known, changes, strict=True) if not c < self.threshold}
+        return fresh
