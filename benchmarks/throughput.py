@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import resource
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
@@ -26,7 +25,9 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from openlance.config import ModelConfig, SamplingConfig, SpecialTokens, TextConfig, TrainConfig, preset
-from openlance.infer.generate import Step, denoise, speak
+from openlance.infer.bench import measure_ceilings, now, random_weights
+from openlance.infer.generate import Step, denoise
+from openlance.infer.speak import speak
 from openlance.model.lance import Lance
 from openlance.model.vae import VAE
 from openlance.sequence.pack import pack
@@ -44,7 +45,7 @@ class Bench:
         self.config, self.device, self.dtype, self.repeats = config, device, dtype, repeats
         self.model = random_weights(Lance, config, device, dtype, parts={"und", "gen"})
         self.vae = random_weights(VAE, config.vae, device, dtype)
-        self.peak = matmul_speed(device, dtype) if device.type == "cuda" else None
+        self.peak = measure_ceilings(device, dtype).operations if device.type == "cuda" else None
 
     def words(self) -> Result:
         """One answer: the prompt in one pass, then token by token."""
@@ -132,9 +133,7 @@ class Bench:
         return Segment(Kind.NOISY, Role.TARGET, grid=((frames - 1) // vae.temporal_stride + 1, cells, cells))
 
     def _now(self) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        return time.perf_counter()
+        return now(self.device)
 
     def _time(self, run: Callable[[], Any]) -> float:
         run()  # warm
@@ -154,30 +153,6 @@ class Bench:
 
 def text(tokens: int, role: Role = Role.TEMPLATE) -> Segment:
     return Segment(Kind.TEXT, role, torch.randint(0, 256, (tokens,)))
-
-
-def random_weights(kind: Any, config: Any, device: torch.device, dtype: torch.dtype, **options: Any) -> Any:
-    """A module whose weights are drawn in place, in their dtype on their device."""
-    with torch.device("meta"):
-        module = kind(config, **options)
-    module = module.to(dtype).to_empty(device=device)
-    with torch.no_grad():
-        for parameter in module.parameters():
-            parameter.normal_(std=0.02) if parameter.ndim > 1 else parameter.fill_(1.0)
-    return module
-
-
-def matmul_speed(device: torch.device, dtype: torch.dtype, side: int = 8192) -> float:
-    """Operations a second of a large matrix product: what this device can reach."""
-    a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
-    best = float("inf")
-    for _ in range(8):
-        torch.cuda.synchronize(device)
-        start = time.perf_counter()
-        a @ b
-        torch.cuda.synchronize(device)
-        best = min(best, time.perf_counter() - start)
-    return 2 * side**3 / best
 
 
 def table(results: dict[str, Result]) -> str:
