@@ -163,8 +163,8 @@ def wait(address: str) -> None:
 def table(load: Load, seconds: float) -> dict[str, object]:
     found: dict[str, object] = {"seconds": seconds, "lost": dict(load.lost)}
     for kind, times in load.seconds.items():
-        p50, p95 = np.percentile(times, (50, 95))
-        found[kind] = {"answered": len(times), "p50 s": round(p50, 2), "p95 s": round(p95, 2),
+        p50, p95 = np.percentile(times, (50, 95)).round(2).tolist()
+        found[kind] = {"answered": len(times), "p50 s": p50, "p95 s": p95,
                        "429": load.told_to_wait[kind]}  # fmt: skip
     if load.memory:
         third = max(1, len(load.memory) // 3)
