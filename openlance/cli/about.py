@@ -60,11 +60,13 @@ def info(
     known = (*DTYPES, "float16")
     if dtype is not None and dtype not in known:
         raise InputError(f"unknown dtype {dtype!r}: choose one of {', '.join(known)}")
+    if quantize is not None and max_memory is None:
+        raise InputError("--quantize says what fits in a budget: give --max-memory, for example 8GB")
     config = _find_config(model, variant)
-    print("\n".join(_shapes(config)), end="\n\n", flush=True)
     if max_memory is not None:
         _show_plans(config, tasks, getattr(torch, dtype or "bfloat16"), max_memory, quantize)
         return
+    print("\n".join(_shapes(config)), end="\n\n", flush=True)
     print(
         f"{'memory in GiB':16}" + "".join(f"{name:>10} = weights + working" for name in dtypes) + "    tokens"
     )
@@ -83,6 +85,7 @@ def _show_plans(
     from openlance.model.quantize import choose_schemes
 
     budget, schemes = parse_memory(max_memory), choose_schemes(quantize, "cpu")
+    print("\n".join(_shapes(config)), end="\n\n", flush=True)
     estimator, fitting = Estimator(config), 0
     for task in tasks:
         try:

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from ran import Run
+from ran import Run, refused
 
 MODEL = "Lance_3B/model.safetensors"
 
@@ -59,6 +59,15 @@ def test_info_says_shapes_and_memory_without_weights(run: Run, tiny_checkpoint: 
     assert ran.code == 0, ran.err
     assert "2 layers, hidden 32" in ran.out
     assert len([line for line in ran.out.splitlines() if line.startswith("t2i")]) == 1
+
+
+def test_info_says_what_fits_a_budget(run: Run) -> None:
+    ran = run("info", "--task", "t2i", "--max-memory", "1GB", model="nano")
+    assert (ran.code, "all weights on the device" in ran.out) == (0, True)
+    ran = run("info", "--task", "t2i", "--max-memory", "1MB", model="nano")
+    assert (ran.code, "too little for t2i" in ran.out) == (1, True)
+    refused(run("info", "--max-memory", "much", model="nano"), "max_memory must be a size")
+    refused(run("info", "--quantize", "int8", model="nano"), "give --max-memory")
 
 
 def test_info_fetches_no_weights_from_the_hub(
