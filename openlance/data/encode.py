@@ -153,8 +153,11 @@ def encode_with_ray(
             done = encode_shard(source, int(row["shard"]), out, self.encoder)
             return {"tally": json.dumps(done.as_dict())}
 
-    shards = ray.data.from_items([{"shard": shard} for shard in range(len(source.shards))])
-    done = shards.repartition(len(source.shards)).map(Shards, concurrency=workers, num_gpus=gpus)
+    count = len(source.shards)
+    # A block for each shard from the start: a task that splits them could wait for ever for a CPU, once the
+    # encoders hold all that there are.
+    shards = ray.data.from_items([{"shard": shard} for shard in range(count)], override_num_blocks=count)
+    done = shards.map(Shards, concurrency=workers, num_gpus=gpus)
     return sum((Tally.of(json.loads(row["tally"])) for row in done.iter_rows()), Tally())
 
 
