@@ -1,10 +1,13 @@
 """What reinforcement learning does to nano, three seeds: before and after, on prompts that none learnt from.
 
-The reward is composition (the share of a caption's claims that the world's judge finds true) of captions of
-one or two things. Beside it stand parts of nano-bench, to see what got worse meanwhile. Every prompt is drawn
-from the same noise before and after, so that differences are paired. A run that is stopped goes on.
+Measured are composition (the share of a caption's claims that the world's judge finds true) of captions of
+one or two things, whether all claims are true, and whether questions about pictures are answered exactly; any
+of them may be what was learnt from. Beside them stand parts of nano-bench, to see what got worse meanwhile.
+Every prompt is drawn from the same noise before and after, and every answer is the likeliest, so that
+differences are paired. A run that is stopped goes on.
 
     python benchmarks/rl.py --steps 60 --out runs/rl-measured
+    python benchmarks/rl.py --steps 60 --out runs/rl-words --algorithm words --trains und --ratio-range 0.2
 """
 
 from __future__ import annotations
@@ -24,8 +27,8 @@ from openlance.data.save import contact_sheet
 from openlance.eval.nano_bench import run as bench
 from openlance.infer.pipeline import LancePipeline
 from openlance.infer.result import Generated
-from openlance.rl.prompts import Prompts, of_world
-from openlance.rl.rewards.simple import composition, everything
+from openlance.rl.prompts import Prompts, of_questions, of_world
+from openlance.rl.rewards.simple import composition, everything, exact_match
 
 PARTS = ("one", "two", "questions", "edits")
 SHOWN = 12
@@ -58,6 +61,7 @@ def measure(model: str | Path, prompts: int, count: int, file: Path) -> dict[str
     found = {
         "composition": list(composition(words, media, facts)),
         "everything": list(everything(words, media, facts)),
+        "answers": answers(lance, 2 * prompts),
     }
     for part, scores in bench(lance, count=count, parts=PARTS).items():
         found |= {f"{part}: {name}": [value] for name, value in scores.items() if name in ("all", "kept")}
@@ -65,6 +69,15 @@ def measure(model: str | Path, prompts: int, count: int, file: Path) -> dict[str
     contact_sheet(shown).save(file.with_suffix(".png"))
     file.write_text(json.dumps(found))
     return found
+
+
+def answers(lance: LancePipeline, count: int) -> list[float]:
+    """1 for each question about a picture that is answered exactly."""
+    side = lance.config.sizes.image
+    rows = Prompts(of_questions(side), lambda words, facts: [], lanes=1).held_out(count)
+    orders = [lance.order.ask(row.words, row.metadata["picture"], max_tokens=12) for row in rows]
+    said = [answer.text for answer in lance.run(orders)]  # type: ignore[arg-type, union-attr]
+    return list(exact_match([row.words for row in rows], said, [row.metadata for row in rows]))
 
 
 def table(before: dict[str, list[float]], after: Sequence[dict[str, list[float]]]) -> str:

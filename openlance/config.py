@@ -360,7 +360,8 @@ class TrainConfig:
                 raise InputError(f"{name} must lie in [0, 1], not {getattr(self, name)}")
 
 
-ALGORITHMS = ("grpo", "nft", "words")
+ALGORITHMS = ("grpo", "nft", "words", "distill")
+UNGUIDED = ("nft", "distill")
 
 
 @dataclass(frozen=True)
@@ -370,8 +371,8 @@ class RLConfig(TrainConfig):
     stage: str = "reinforcement learning"
     """A name for the log."""
     algorithm: str = "grpo"
-    """grpo (stochastic steps and their densities), nft (DiffusionNFT: no trajectories, no guidance), or words
-    (GRPO of answers)."""
+    """grpo (stochastic steps and their densities), nft (DiffusionNFT: no trajectories, no guidance), words
+    (GRPO of answers), or distill (no rewards: few steps without guidance, from many with it)."""
     group: int = 8
     """Pictures or clips of one prompt, which are compared with each other."""
     rollout_steps: int = 15
@@ -396,10 +397,14 @@ class RLConfig(TrainConfig):
     """words: of what is drawn."""
     updates: int = 1
     """Of the weights, from each rollout."""
+    teacher_steps: int = 20
+    """distill: of the teacher, a multiple of rollout_steps, which are the student's."""
+    teacher_guidance: float | None = None
+    """distill: of the teacher. Default: the checkpoint's."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("rollout_steps", "window", "max_words", "updates"):
+        for name in ("rollout_steps", "window", "max_words", "updates", "teacher_steps"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1, not {getattr(self, name)}")
         if self.group < 2:
@@ -420,9 +425,16 @@ class RLConfig(TrainConfig):
         self._check_algorithm()
 
     def _check_algorithm(self) -> None:
-        if self.algorithm == "nft":
+        if self.algorithm in UNGUIDED:
             if self.guidance != 1:
-                raise InputError("nft learns without guidance: set guidance to 1")
+                raise InputError(f"{self.algorithm} learns without guidance: set guidance to 1")
+            if self.algorithm == "distill" and self.kl:
+                raise InputError("distill learns from the first weights themselves: set kl to 0")
+            if self.algorithm == "distill" and self.teacher_steps % self.rollout_steps:
+                raise InputError(
+                    f"teacher_steps must be a multiple of rollout_steps ({self.rollout_steps}), not "
+                    f"{self.teacher_steps}"
+                )
         elif self.algorithm == "words":
             if "und" not in self.trains:
                 raise InputError("words are the und expert's: have it in trains")

@@ -309,8 +309,17 @@ def _validation(job: Job, prompts: tuple[str, ...]) -> Validation:
     return Validation(job.held_out, sample if prompts and job.vae is not None else None)
 
 
-def save(run_dir: Path, job: Job, config: TrainConfig, weights: Mapping[str, Any]) -> Path:
-    """The averaged weights in the released layout, or the adapter alone; gives the folder."""
+def save(
+    run_dir: Path,
+    job: Job,
+    config: TrainConfig,
+    weights: Mapping[str, Any],
+    sampling: Mapping[str, Any] | None = None,
+) -> Path:
+    """The averaged weights in the released layout, or the adapter alone; gives the folder.
+
+    sampling: fields of `SamplingConfig` that the trained model wants, over what it began with.
+    """
     import torch
 
     from openlance.model.checkpoint import save_pretrained
@@ -318,10 +327,11 @@ def save(run_dir: Path, job: Job, config: TrainConfig, weights: Mapping[str, Any
     if config.lora_rank:
         from openlance.model.adapters import save_adapter
 
-        save_adapter(job.model, run_dir / "adapter", weights=weights)
+        save_adapter(job.model, run_dir / "adapter", weights=weights, sampling=sampling)
         return run_dir / "adapter"
+    chosen = replace(job.config, sampling=replace(job.config.sampling, **(sampling or {})))
     save_pretrained(
-        run_dir / "model", model=weights, vae=job.vae, tokenizer=job.tokenizer, config=job.config,
+        run_dir / "model", model=weights, vae=job.vae, tokenizer=job.tokenizer, config=chosen,
         dtype=torch.bfloat16,
     )  # fmt: skip
     return run_dir / "model"

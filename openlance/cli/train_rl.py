@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     from openlance.tokenizer import Tokenizer
     from openlance.train.parallel import Ranks
 
-NANO = "nano-rl"
+NANO = "nano-"
+DISTILL = "distill"
 JUDGED, EXACT = ("composition",), ("exact_match",)
 HELD_OUT = 16
 
@@ -107,14 +108,15 @@ def _run(preset: str, run_dir: Path, config: RLConfig, options: RLOptions) -> No
     from openlance.train.parallel import join
     from openlance.train.report import NoTracker, make_tracker
 
-    nano = preset == NANO and not options.data
+    nano, distilled = preset.startswith(NANO) and not options.data, config.algorithm == DISTILL
     if not (options.data or nano):
         raise InputError("nothing to draw: give --data, a file of prompts")
-    if not (options.rewards or nano):
+    if not (options.rewards or nano or distilled):
         raise InputError("nothing to learn from: give --rewards, for example ocr")
     if options.init is None and not nano:
         raise InputError("nothing to begin from: give --init, a checkpoint")
-    rewards = parse_rewards(options.rewards or (EXACT if config.algorithm == "words" else JUDGED))
+    default = EXACT if config.algorithm == "words" else JUDGED
+    rewards = parse_rewards(options.rewards or default) if options.rewards or not distilled else None
     check_folder(run_dir / "log.jsonl")
     torch.set_num_threads(options.threads)
     ranks = join(options.device)
@@ -139,7 +141,9 @@ def _run(preset: str, run_dir: Path, config: RLConfig, options: RLOptions) -> No
             tracker=tracker,
         )  # fmt: skip
         if ranks.main:
-            print(save(run_dir, Job(model, model_config, tokenizer, vae, feed, {}), config, weights))
+            sampling = _few_steps(config) if distilled else None
+            job = Job(model, model_config, tokenizer, vae, feed, {})
+            print(save(run_dir, job, config, weights, sampling))
 
 
 def _prompts(options: RLOptions, config: RLConfig, orders: Orders, ranks: Ranks) -> tuple[Prompts, HeldOut]:
@@ -147,17 +151,28 @@ def _prompts(options: RLOptions, config: RLConfig, orders: Orders, ranks: Ranks)
     from PIL import Image
 
     from openlance.rl.learn import HeldOut
-    from openlance.rl.prompts import Prompts, of_questions, of_world, one_of, read_prompts
+    from openlance.rl.prompts import Prompts, of_questions, of_tasks, of_world, one_of, read_prompts
     from openlance.rl.rewards import parse_rewards
     from openlance.rl.rollout import Prompt
+    from openlance.sequence.template import Task
 
     words = config.algorithm == "words"
 
     def make(prompt: str, metadata: Mapping[str, Any]) -> Sample:
-        if not words:
-            return orders.generate_image(prompt, seed=0).sample
         shown = [Image.fromarray(metadata["picture"])] if "picture" in metadata else []
-        return orders.ask(prompt, shown, seed=0).sample
+        if words:
+            return orders.ask(prompt, shown, seed=0).sample
+        match metadata.get("task"):
+            case Task.IMAGE_EDIT:
+                return orders.edit(shown[0], prompt, seed=0).sample
+            case Task.SUBJECT_IMAGE:
+                return orders.subject(shown[0], prompt, seed=0).sample
+            case Task.I2V:
+                return orders.animate(shown[0], prompt, seed=0).sample
+            case Task.T2V:
+                return orders.generate_video(prompt, seed=0).sample
+            case _:
+                return orders.generate_image(prompt, seed=0).sample
 
     second = options.second_rewards
     if options.data:
@@ -166,11 +181,19 @@ def _prompts(options: RLOptions, config: RLConfig, orders: Orders, ranks: Ranks)
         rows = [row for file in options.held_out for row in read_prompts(file)]
         prompts = [Prompt(prompt, make(prompt, metadata), metadata) for prompt, metadata in rows]
     else:
-        draw = of_questions(orders.config.sizes.image) if words else of_world
-        feed = Prompts(draw, make, config.lanes, ranks, config.seed)
-        prompts = feed.held_out(HELD_OUT)
+        side = orders.config.sizes.image
+        shown = of_questions(side) if words else of_world
+        learnt = of_tasks(side) if config.algorithm == DISTILL else shown
+        feed = Prompts(learnt, make, config.lanes, ranks, config.seed)
+        prompts = Prompts(shown, make, config.lanes).held_out(HELD_OUT)
         second = second or (() if words else ("everything",))
     return feed, HeldOut(prompts, parse_rewards(second) if second else None)
+
+
+def _few_steps(config: RLConfig) -> dict[str, Any]:
+    """How a distilled model samples."""
+    unguided = {"guidance": 1.0, "visual_guidance": None, "solver": "euler"}
+    return {"steps": config.rollout_steps, "shift": config.time_shift} | unguided
 
 
 def _vocabulary(tokenizer: Tokenizer, config: ModelConfig) -> Vocabulary:

@@ -1,11 +1,13 @@
 """Low-rank adapters (LoRA, arXiv 2106.09685) on the linear layers of a network, by way of PEFT.
 
 The layers are wrapped in place, so a `Lance` stays one. An adapter is a folder as PEFT writes it:
-adapter_config.json and adapter_model.safetensors.
+adapter_config.json and adapter_model.safetensors; beside them sampling.json, where the adapted model samples
+in a way of its own (fields of `SamplingConfig`). While such an adapter is active, the model samples so.
 """
 
 from __future__ import annotations
 
+import json
 import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
@@ -19,13 +21,15 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from openlance.config import SamplingConfig
 from openlance.errors import InputError
 from openlance.model.checkpoint import check_fit, open_tensors, read_tensor
 from openlance.model.lance import PARTS, Lance
 from openlance.model.quantize import schemes_of
-from openlance.model.release import read_json, some
+from openlance.model.release import read_json, some, typed_like
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+CONFIG, WEIGHTS, SAMPLING = "adapter_config.json", "adapter_model.safetensors", "sampling.json"
+KEPT, BASE = "adapter_sampling", ""
 PREFIX = "base_model.model."  # what PEFT's files put before a model's own names
 
 # Other forms of LoRA are refused: they hold more than two matrices a layer, or change the weights below.
@@ -84,11 +88,17 @@ def adapter_names(model: Lance) -> list[str]:
 
 
 def save_adapter(
-    model: Lance, folder: str | Path, *, name: str = "default", weights: Mapping[str, Tensor] | None = None
+    model: Lance,
+    folder: str | Path,
+    *,
+    name: str = "default",
+    weights: Mapping[str, Tensor] | None = None,
+    sampling: Mapping[str, Any] | None = None,
 ) -> None:
     """Write an adapter alone, as PEFT does; `load_adapter` gives it back bit for bit.
 
     weights: a state dictionary of the model in place of its own (averaged, or gathered over processes).
+    sampling: fields of `SamplingConfig` that the adapted model wants, over the checkpoint's.
     Raises InputError for an adapter that is not there.
     """
     folder = Path(folder)
@@ -98,6 +108,8 @@ def save_adapter(
     tensors = {PREFIX + key: tensor.detach().cpu().contiguous() for key, tensor in state.items()}
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     replace(_configs(model)[name], inference_mode=True).save_pretrained(str(folder))
+    if sampling is not None:
+        (folder / SAMPLING).write_text(json.dumps(sampling, indent=2) + "\n")
 
 
 def load_adapter(model: Lance, folder: str | Path, name: str = "default") -> None:
@@ -109,6 +121,7 @@ def load_adapter(model: Lance, folder: str | Path, name: str = "default") -> Non
     folder = Path(folder)
     peft = _peft()
     config = _read_config(peft, folder / CONFIG)
+    own = _read_sampling(folder / SAMPLING)
     _check_new(model, name)
     shapes = _shapes(peft, config, model, folder)
     file = folder / WEIGHTS
@@ -119,6 +132,7 @@ def load_adapter(model: Lance, folder: str | Path, name: str = "default") -> Non
     _inject(peft, config, model, name, low_cpu_mem_usage=True)  # on meta, until it gets its weights
     named = {f"{layer}.{name}.{leaf}": read[f"{layer}.{leaf}"] for layer, leaf in map(_split, read)}
     model.load_state_dict(named, strict=False, assign=True)
+    _samplings(model)[name] = own
     _activate_new(model, name)
 
 
@@ -131,12 +145,15 @@ def set_adapter(model: Lance, names: str | Iterable[str]) -> None:
     _check_known(model, active)
     for _, layer in _layers(model):
         layer.set_adapter(active)
+    _sample_as(model, active)
 
 
 @contextmanager
 def disabled(model: Lance) -> Iterator[None]:
     """Within the block the model is what it was before any adapter: the reference of its own tuning."""
     before = [(layer, layer.disable_adapters) for _, layer in _layers(model)]
+    config = model.config
+    _sample_as(model, [])
     learns = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     for layer, _ in before:
         layer.enable_adapters(False)
@@ -145,6 +162,7 @@ def disabled(model: Lance) -> Iterator[None]:
     finally:
         for layer, off in before:
             layer.enable_adapters(not off)
+        model.config = config
         for parameter, flag in learns:  # enabling would let every active adapter learn
             parameter.requires_grad_(flag)
 
@@ -159,7 +177,9 @@ def merge_adapters(model: Lance) -> None:
         raise InputError("adapters cannot be merged into quantised weights: leave them active")
     for _, layer in _layers(model):
         layer.merge()
+    config = model.config  # with what the merged ones want
     unload_adapters(model)
+    model.config = config
 
 
 def unload_adapters(model: Lance) -> None:
@@ -168,6 +188,9 @@ def unload_adapters(model: Lance) -> None:
         model.set_submodule(name, layer.get_base_layer())
     if adapter_names(model):
         del model.peft_config
+    if hasattr(model, KEPT):
+        _sample_as(model, [])
+        delattr(model, KEPT)
 
 
 def _inject(peft: ModuleType, config: Any, model: Lance, name: str, **options: bool) -> None:
@@ -217,6 +240,33 @@ def _split(name: str) -> tuple[str, str]:
 def _configs(model: Lance) -> dict[str, Any]:
     """PEFT's settings of each adapter, which it keeps on the model."""
     return getattr(model, "peft_config", {})
+
+
+def _samplings(model: Lance) -> dict[str, dict[str, Any]]:
+    """What each loaded adapter wants of the sampling settings; under BASE the model's own, all of them. Kept
+    on the model, as PEFT's settings are."""
+    if not hasattr(model, KEPT):
+        setattr(model, KEPT, {BASE: vars(model.config.sampling)})
+    return getattr(model, KEPT)
+
+
+def _sample_as(model: Lance, active: Iterable[str]) -> None:
+    """Give the model the sampling settings of these adapters over its own; of the last, where several have
+    some."""
+    known = _samplings(model)
+    settings = dict(known[BASE])
+    for name in active:
+        settings |= known.get(name, {})
+    model.config = replace(model.config, sampling=SamplingConfig(**settings))
+
+
+def _read_sampling(file: Path) -> dict[str, Any]:
+    """Fields of an adapter's own sampling settings, none where there is no file."""
+    if not file.exists():
+        return {}
+    found = read_json(file)
+    chosen = typed_like(SamplingConfig(), found, str(file))
+    return {name: getattr(chosen, name) for name in found}
 
 
 def _check_new(model: Lance, name: str) -> None:

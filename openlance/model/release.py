@@ -231,7 +231,7 @@ def _read_vae(file: Path, base: VAEConfig) -> VAEConfig:
 def _read_own(config: ModelConfig, data: dict[str, Any], file: Path) -> ModelConfig:
     _refuse_unknown(data, (*OWN_FIELDS, "vae"), str(file))
     values = {
-        name: _like(getattr(config, name), value, f"{file}: {name}")
+        name: typed_like(getattr(config, name), value, f"{file}: {name}")
         for name, value in data.items()
         if name != "vae"
     }
@@ -240,7 +240,8 @@ def _read_own(config: ModelConfig, data: dict[str, Any], file: Path) -> ModelCon
         raise InputError(f"{file}: vae must be an object, not {vae!r}")
     _refuse_unknown(vae, OWN_VAE_FIELDS, f"{file}: vae")
     statistics = {
-        name: _like(getattr(config.vae, name), value, f"{file}: vae.{name}") for name, value in vae.items()
+        name: typed_like(getattr(config.vae, name), value, f"{file}: vae.{name}")
+        for name, value in vae.items()
     }
     return replace(config, **values, vae=replace(config.vae, **statistics))
 
@@ -276,7 +277,7 @@ def read_fields(
     if required and missing:
         raise InputError(f"{file}: lacks {some(missing)}")
     values = {
-        field: _like(getattr(base, field), data[key], f"{file}: {key}")
+        field: typed_like(getattr(base, field), data[key], f"{file}: {key}")
         for key, field in keys.items()
         if key in data
     }
@@ -300,7 +301,7 @@ def _refuse_unknown(data: Mapping[str, Any], known: tuple[str, ...], where: str)
         raise InputError(f"{where}: unknown field(s) {some(unknown)}; known are {', '.join(known)}")
 
 
-def _like(example: Any, value: Any, where: str) -> Any:
+def typed_like(example: Any, value: Any, where: str) -> Any:
     """`value` as the type of `example`, which may be a dataclass. Raises InputError where it is another."""
     if dataclasses.is_dataclass(example):
         if not isinstance(value, dict):
@@ -308,7 +309,7 @@ def _like(example: Any, value: Any, where: str) -> Any:
         known = tuple(field.name for field in dataclasses.fields(example))
         _refuse_unknown(value, known, where)
         values = {
-            name: _like(getattr(example, name), item, f"{where}.{name}") for name, item in value.items()
+            name: typed_like(getattr(example, name), item, f"{where}.{name}") for name, item in value.items()
         }
         try:
             return replace(example, **values)  # type: ignore[type-var]
@@ -316,7 +317,7 @@ def _like(example: Any, value: Any, where: str) -> Any:
             raise InputError(f"{where}: {error}") from error
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if isinstance(example, tuple) and isinstance(value, list):
-        return tuple(_like(example[0], item, f"{where}[{n}]") for n, item in enumerate(value))
+        return tuple(typed_like(example[0], item, f"{where}[{n}]") for n, item in enumerate(value))
     if isinstance(example, dict) and isinstance(value, dict):
         if all(isinstance(text, str) for text in value.values()):
             return dict(value)

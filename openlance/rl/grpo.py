@@ -50,6 +50,7 @@ class GRPO:
     """The algorithm; see `RLConfig` for its settings."""
 
     config: RLConfig
+    compares = True
 
     def window(self, generator: torch.Generator) -> range:
         """Which steps are stochastic in this rollout."""

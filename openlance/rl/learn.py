@@ -42,10 +42,17 @@ SHOWN = 16
 class Maker(Protocol):
     """How prompts become pictures (`Pictures`) or answers (`Answers`), and what is learnt from them."""
 
+    @property
+    def compares(self) -> bool:
+        """Whether the members of a group are rewarded, and learnt from by how much better than the others
+        they are; else they are made with the weights that the run began with, and all are learnt from."""
+        ...
+
     def make(
         self, prompt: Prompt, generator: torch.Generator, shared: torch.Generator
     ) -> tuple[list[Media], list[Any]]:
-        """A group, and the visits (`Visit`, `Spoken`) to learn from, a few of its members in each.
+        """A group, and the visits (`Visit`, `Spoken`) to learn from, a few of its members in each. The group
+        is empty where nothing compares its members.
 
         generator: of this group; shared: the same for all groups of the step.
         """
@@ -79,8 +86,8 @@ class HeldOut:
 
 @dataclass(frozen=True, eq=False)
 class Round:
-    """A group that was made: the states to learn from; the reward and advantage of each target [group];
-    whether the rewards differ."""
+    """A group that was made: the states to learn from; the reward [group, or none] and advantage [group] of
+    each target; whether there is anything to learn: rewards that differ, or none that are asked."""
 
     prompt: Prompt
     visits: list[Any]
@@ -97,7 +104,7 @@ def train_rl(
     run_dir: Path,
     *,
     decode: Decode | Vocabulary,
-    rewards: Rewards,
+    rewards: Rewards | None,
     held_out: HeldOut | None = None,
     ranks: Ranks | None = None,
     resume: bool = False,
@@ -105,7 +112,8 @@ def train_rl(
 ) -> Mapping[str, Tensor]:
     """Learn from rewards, and give the averaged weights of the whole network (on the main process).
 
-    decode: latents into frames; for words, a `Vocabulary`. run_dir, resume: as of
+    decode: latents into frames; for words, a `Vocabulary`. rewards: distillation asks for none, and has them
+    on held-out prompts alone. run_dir, resume: as of
     `openlance.train.loop.train`, which this shares its loop, states and log with; a resumed run needs the
     weights that it began with, for the divergence from them. Raises RewardError, NonFiniteLoss, Stopped after
     a signal, InputError for settings or a folder that do not fit.
@@ -116,6 +124,8 @@ def train_rl(
         raise InputError(f"{run_dir}: holds a run already; --resume goes on from it")
     if config.context > 1:
         raise InputError("context must be 1: reinforcement learning does not share packs over processes")
+    if rewards is None and config.algorithm != "distill":
+        raise InputError("no reward: give at least one")
     freeze(model.eval(), config)
     objective = spread(model, config, ranks)
     if isinstance(objective, FSDPModule):
@@ -137,20 +147,18 @@ class Learner:
     run: Run
     config: RLConfig
     maker: Maker
-    rewards: Rewards
+    rewards: Rewards | None
     held_out: HeldOut
 
     def __post_init__(self) -> None:
-        # The weights of now, before any state is read: swapped in where the reference policy is asked.
-        self.reference = Average(self.run.trained, 1.0) if self.config.kl else None
+        # The weights of now, before any state is read: swapped in where the first policy is asked.
+        first = self.config.kl or not self.maker.compares
+        self.reference = Average(self.run.trained, 1.0) if first else None
 
     def update(self, run: Run, report: Report, asked: list[int]) -> int:
         """One rollout and what is learnt from it. Gives the number of the signal to stop, 0 for none."""
         config, ranks, step = self.config, run.ranks, run.step
-        rounds = [self._explore(prompt) for prompt in self._prompts(step)]
-        if self.reference is not None:
-            with run.holding(self.reference):
-                rounds = [replace(r, visits=[self._with_reference(v) for v in r.visits]) for r in rounds]
+        rounds = self._rounds(step)
         numbers = _rewarded(rounds)
         kept = ranks.total([float(r.spread) for r in rounds])  # all processes do alike: see `_learn`
         if any(kept):  # else all rewards are equal, and there is nothing to learn
@@ -169,11 +177,27 @@ class Learner:
     def _prompts(self, step: int) -> list[Prompt]:
         return [prompt for prompt in self.run.feed.packs(step) if isinstance(prompt, Prompt)]
 
+    def _rounds(self, step: int) -> list[Round]:
+        """Groups of all prompts."""
+        prompts = self._prompts(step)
+        if self.reference is None:
+            return [self._explore(prompt) for prompt in prompts]
+        if not self.maker.compares:
+            with self.run.holding(self.reference):
+                return [self._explore(prompt) for prompt in prompts]
+        rounds = [self._explore(prompt) for prompt in prompts]
+        with self.run.holding(self.reference):
+            return [replace(r, visits=[self._with_reference(v) for v in r.visits]) for r in rounds]
+
     def _explore(self, prompt: Prompt) -> Round:
-        """Make and reward a group."""
+        """Make a group, and have it rewarded where its members are compared."""
         config, step = self.config, self.run.step
         shared = generator_of(config, step, config.lanes)
         media, visits = self.maker.make(prompt, generator_of(config, step, prompt.lane), shared)
+        if not self.maker.compares:
+            every = torch.ones(config.group, device=self.run.ranks.device)
+            return Round(prompt, visits, np.empty(0), {}, every, True)
+        assert self.rewards is not None, "asked for by `train_rl`"
         group = len(media)
         reward, each = self.rewards([prompt.words] * group, media, [prompt.metadata] * group)
         advantage, spread_out = advantages(torch.tensor(reward, dtype=torch.float32))
@@ -230,21 +254,24 @@ class Learner:
                 made = self.maker.best(prompt, generator_of(self.config, 0, number))
                 if number < len(self.held_out.prompts):  # the others keep the processes in step
                     reward = self._reward_held_out(prompt, made, numbers)
-                    shown.append((f"{reward:.2f}: {prompt.words}", made))
+                    shown.append((prompt.words if reward is None else f"{reward:.2f}: {prompt.words}", made))
         means = _means(ranks, numbers)
         report.say(run.step, means)
         if ranks.main:
             self._show(report, shown[:SHOWN])
-        return -means["held_out/reward"]
+        return -means["held_out/reward"] if self.rewards is not None else None
 
-    def _reward_held_out(self, prompt: Prompt, made: Media, numbers: dict[str, list[float]]) -> float:
-        """The reward that is learnt from; it and all others are added to the numbers."""
-        reward, each = self.rewards([prompt.words], [made], [prompt.metadata])
+    def _reward_held_out(self, prompt: Prompt, made: Media, numbers: dict[str, list[float]]) -> float | None:
+        """The reward that is learnt from, where there is one; it and all others are added to the numbers."""
+        found: dict[str, np.ndarray] = {}
+        if self.rewards is not None:
+            found["reward"], each = self.rewards([prompt.words], [made], [prompt.metadata])
+            found |= each
         if self.held_out.rewards is not None:
-            each |= self.held_out.rewards([prompt.words], [made], [prompt.metadata])[1]
-        for name, value in {"reward": reward, **each}.items():
+            found |= self.held_out.rewards([prompt.words], [made], [prompt.metadata])[1]
+        for name, value in found.items():
             numbers[f"held_out/{name}"].append(float(value[0]))
-        return float(reward[0])
+        return float(found["reward"][0]) if "reward" in found else None
 
     def _show(self, report: Report, shown: list[tuple[str, Media]]) -> None:
         """A sheet to the tracker and to RUN_DIR/samples."""
@@ -265,7 +292,7 @@ def _shown(made: Media, fps: float) -> Image.Image | Video | str:
 def _rewarded(rounds: list[Round]) -> dict[str, list[float]]:
     """What to report of the rewards."""
     numbers = defaultdict[str, list[float]](list)
-    for made in rounds:
+    for made in (r for r in rounds if len(r.reward)):
         numbers["reward"] += made.reward.tolist()
         numbers["reward_spread"].append(float(made.reward.std()))
         numbers["without_spread"].append(float(not made.spread))

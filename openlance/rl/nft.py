@@ -29,6 +29,7 @@ class NFT:
     """The algorithm; see `RLConfig` for its settings. The window's length is the number of times."""
 
     config: RLConfig
+    compares = True
 
     def window(self, generator: torch.Generator) -> range:
         """How many times each target is learnt from."""

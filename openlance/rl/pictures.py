@@ -12,6 +12,7 @@ from openlance.config import RLConfig, SamplingConfig
 from openlance.data.frames import Frames
 from openlance.flow.path import time_grid
 from openlance.flow.solver import euler
+from openlance.rl.distill import Distillation
 from openlance.rl.grpo import GRPO, Judged
 from openlance.rl.nft import NFT
 from openlance.rl.rewards.base import Media
@@ -36,9 +37,20 @@ class Pictures:
         config, own = self.config, self.objective.model.config.sampling
         guidance = own.guidance if config.guidance is None else config.guidance
         sampling = replace(own, steps=config.rollout_steps, shift=config.time_shift, guidance=guidance)
-        nft = config.algorithm == "nft"
-        self.sampling: SamplingConfig = replace(sampling, visual_guidance=None) if nft else sampling
-        self.algorithm = NFT(config) if nft else GRPO(config)
+        unguided = replace(sampling, visual_guidance=None)
+        self.sampling: SamplingConfig = sampling if config.algorithm == "grpo" else unguided
+        self.explored = self.sampling  # how the pictures of a group are made
+        self.algorithm: GRPO | NFT | Distillation
+        if config.algorithm == "distill":
+            taught = own.guidance if config.teacher_guidance is None else config.teacher_guidance
+            self.explored = replace(own, guidance=taught)
+            self.algorithm = Distillation(config, self.explored)
+        else:
+            self.algorithm = NFT(config) if config.algorithm == "nft" else GRPO(config)
+
+    @property
+    def compares(self) -> bool:
+        return self.algorithm.compares
 
     def make(
         self, prompt: Prompt, generator: torch.Generator, shared: torch.Generator
@@ -49,7 +61,8 @@ class Pictures:
         for members in self._passes(prompt):
             targets = Targets(self.objective, prompt.sample, members, self.sampling, self.ranks)
             end, found = self.algorithm.explore(targets, window, generator)
-            media += [self.decode(latents) for latents in targets.latents(end)]
+            if self.compares:
+                media += [self.decode(latents) for latents in targets.latents(end)]
             visits += found
         return media, visits
 
@@ -67,7 +80,7 @@ class Pictures:
 
     def _passes(self, prompt: Prompt) -> list[range]:
         """The members of a group, so many at once as `tokens` allows."""
-        branches = 1 + (self.sampling.guidance != 1) + (self.sampling.visual_guidance is not None)
+        branches = 1 + (self.explored.guidance != 1) + (self.explored.visual_guidance is not None)
         at_once = max(1, self.config.tokens // (branches * len(prompt.sample[-1])))
         group = range(self.config.group)
         return [group[first : first + at_once] for first in range(0, len(group), at_once)]

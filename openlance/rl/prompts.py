@@ -13,6 +13,9 @@ import numpy as np
 from openlance.errors import InputError
 from openlance.rl.rollout import Prompt
 from openlance.sequence.segment import Sample
+from openlance.sequence.template import Task
+from openlance.train.nano_data import KINDS
+from openlance.train.nano_data import draw as draw_item
 from openlance.train.parallel import Ranks
 from openlance.world import WorldConfig, describe, question, render, sample_scene
 
@@ -21,6 +24,14 @@ Worded = tuple[str, Mapping[str, Any]]
 
 SCENES = WorldConfig(max_things=2)
 QUESTIONS = ("color", "shape", "size", "place", "count", "relation", "exists", "ground")
+DRAWN = {  # kind of item of the world that each task is drawn of, and its share
+    Task.T2I: ("image", 0.6),
+    Task.IMAGE_EDIT: ("edit", 0.22),
+    Task.I2V: ("clip", 0.09),
+    Task.T2V: ("clip", 0.05),
+    Task.SUBJECT_IMAGE: ("subject", 0.04),
+}
+FRESH = 1_000_000  # items from here on are in no encoded world
 TRAINING, HELD_OUT = 1_001, 1_002  # begin the seeds, so that no held-out scene is learnt from
 
 
@@ -71,6 +82,22 @@ def of_questions(side: int) -> Callable[[np.random.Generator], Worded]:
         scene = sample_scene(rng, SCENES)
         asked = question(scene, rng, QUESTIONS)
         return asked.question, {"answer": asked.answer, "picture": render(scene, side)}
+
+    return draw
+
+
+def of_tasks(side: int) -> Callable[[np.random.Generator], Worded]:
+    """Words for every kind of picture and clip; metadata "task" and, where one begins from a picture,
+    "picture", uint8 [side, side, 3]."""
+
+    def draw(rng: np.random.Generator) -> Worded:
+        task = Task(rng.choice(list(DRAWN), p=[share for _, share in DRAWN.values()]))
+        kind = next(kind for kind in KINDS if kind.name == DRAWN[task][0])
+        (scene, *_), changes = draw_item(kind, int(rng.integers(FRESH, 2**31)))
+        words = changes[0] if task in (Task.IMAGE_EDIT, Task.SUBJECT_IMAGE) else describe(scene, rng)[0]
+        return words, {"task": task} | (
+            {} if task in (Task.T2I, Task.T2V) else {"picture": render(scene, side)}
+        )
 
     return draw
 

@@ -78,6 +78,10 @@ class Targets:
         self.moving = int((~self.target.fixed_tokens()).sum())
         self._batches: dict[bool, PackedBatch] = {}
 
+    def sampled(self, sampling: SamplingConfig) -> Targets:
+        """The same members, guided in another way."""
+        return Targets(self.objective, [*self.branches[0]], self.members, sampling, self.ranks)
+
     @property
     def tokens(self) -> int:
         """Of the pass of all branches."""

@@ -62,6 +62,7 @@ class Answers:
     config: RLConfig
     ranks: Ranks
     vocabulary: Vocabulary
+    compares = True
 
     def __post_init__(self) -> None:
         if isinstance(self.objective, FSDPModule):

@@ -134,7 +134,8 @@ def load_safety(address: str | None) -> Safety | None:
 def describe(lance: LancePipeline, config: ServeConfig) -> ModelInfo:
     have = lance.model.parts | ({"vae"} if lance.vae is not None else set())
     tasks = frozenset(task for task, parts in PARTS_OF.items() if parts <= have)
-    return ModelInfo(config.name or lance.config.name, tasks, lance.config, tuple(config.adapters))
+    with disabled(lance.model):
+        return ModelInfo(config.name or lance.config.name, tasks, lance.config, tuple(config.adapters))
 
 
 def memory(lance: LancePipeline) -> Memory:

@@ -90,16 +90,38 @@ def nano_reinforcement() -> RLConfig:
     )  # fmt: skip
 
 
+def distillation() -> RLConfig:
+    """The generation expert in eight steps without guidance, from itself in forty with it."""
+    return RLConfig(
+        steps=2_000, stage="distillation", algorithm="distill", lanes=8, tokens=80_000, learning_rate=1e-5,
+        warmup=50, schedule="cosine", time_shift=4.0, trains=("gen",), group=4, rollout_steps=8, guidance=1.0,
+        teacher_steps=40, ema=0.99, precision="bfloat16", checkpointing=True, save_every=50,
+        validate_every=100,
+    )  # fmt: skip
+
+
+def nano_distillation() -> RLConfig:
+    """The bundled model in five steps without guidance."""
+    return replace(
+        distillation(),
+        steps=300, lanes=4, tokens=4_096, learning_rate=3e-4, warmup=10, time_shift=3.0, group=8,
+        rollout_steps=5, teacher_steps=20, precision="float32", checkpointing=False, save_every=10,
+        validate_every=50,
+    )  # fmt: skip
+
+
 PRESETS: dict[str, Callable[[], TrainConfig]] = {
     "pt": pre_training,
     "ct": continual_training,
     "sft": supervised_fine_tuning,
     "lora": fine_tuning_lora,
     "rl": reinforcement,
+    "distill": distillation,
     "nano-pt": nano_pre_training,
     "nano-ct": nano_continual_training,
     "nano-sft": nano_fine_tuning,
     "nano-rl": nano_reinforcement,
+    "nano-distill": nano_distillation,
 }
 
 

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from ran import Run, refused
 
+from openlance.data.save import read_settings
+
 SMALL = (
     "--lanes", 1, "--group", 2, "--rollout-steps", 2, "--window", 1, "--window-within", 1.0, "--warmup", 1,
     "--validate-every", 2, "--tracker", "none", "--run-dir", "rewarded",
@@ -48,6 +50,25 @@ def test_answers_are_learnt_from_questions_about_the_world(run: Run, tiny_checkp
     log = [json.loads(line) for line in Path("rewarded/log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in log if "reward/exact_match" in line] == [1, 2]
     assert "held_out/exact_match" in log[-1]
+
+
+@pytest.mark.parametrize("lora_rank", [0, 2])
+def test_a_distilled_model_takes_few_steps_by_default(
+    run: Run, tiny_checkpoint: Path, lora_rank: int
+) -> None:
+    words = ("--steps", 1, "--rollout-steps", 2, "--teacher-steps", 4, "--lora-rank", lora_rank)
+    ran = run("train", "--preset", "nano-distill", "--init", tiny_checkpoint, *SMALL, *words, model=None)
+    assert ran.code == 0, ran.err
+    assert "held_out/everything" in Path("rewarded/log.jsonl").read_text()
+    trained = Path(ran.out.splitlines()[-1])
+    model = ("--adapter", trained) if lora_rank else ()
+    drawn = run(
+        "generate", "a red circle", *model, "--out", "one.png",
+        model=str(tiny_checkpoint if lora_rank else trained),
+    )  # fmt: skip
+    assert drawn.code == 0, drawn.err
+    sampling = read_settings("one.png")["sampling"]
+    assert (sampling["steps"], sampling["guidance"], sampling["shift"]) == (2, 1.0, 3.0)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from tiny import build_network
 
 from openlance.errors import InputError
 from openlance.infer.pipeline import LancePipeline
-from openlance.model.adapters import add_lora, save_adapter
+from openlance.model.adapters import add_lora, disabled, save_adapter
 
 
 @pytest.fixture
@@ -59,3 +60,47 @@ def test_a_merged_adapter_draws_the_same(adapted: tuple[LancePipeline, list[Path
     lance.merge_adapters()
     assert not any("lora" in name for name, _ in lance.model.named_parameters())
     assert np.abs(draw(lance) - active).max() <= 1
+
+
+def test_an_adapter_samples_in_its_own_way(adapted: tuple[LancePipeline, list[Path]]) -> None:
+    """As long as it is active; what a call asks for comes first."""
+    lance, (first, second) = adapted
+    own = lance.config.sampling
+    (first / "sampling.json").write_text('{"steps": 3, "guidance": 1.0}')
+    lance.load_adapter(first, "few")
+    few = replace(own, steps=3, guidance=1.0)
+    assert lance.config.sampling == few
+    made = lance.generate_image("a red circle", seed=1)
+    assert made.settings["sampling"]["steps"] == 3
+    assert lance.generate_image("a red circle", seed=1, steps=1).settings["sampling"]["steps"] == 1
+    lance.load_adapter(second, "plain")
+    assert lance.config.sampling == own
+    lance.set_adapters("plain", "few")
+    assert lance.config.sampling == few
+    with disabled(lance.model):
+        assert lance.config.sampling == own
+    assert lance.config.sampling == few
+    lance.unload_adapters()
+    assert lance.config.sampling == own
+    lance.load_adapter(first)
+    lance.merge_adapters()
+    assert lance.config.sampling == few
+
+
+@pytest.mark.parametrize(
+    "text, said",
+    [
+        ('{"stops": 3}', r": unknown field\(s\) stops"),
+        ('{"steps": 0}', ": steps must be at least 1"),
+        ('{"steps": "few"}', ".steps must be int"),
+        ('{"steps": 3', ""),
+    ],
+)
+def test_sampling_of_an_adapter_that_cannot_be_is_refused(
+    adapted: tuple[LancePipeline, list[Path]], text: str, said: str
+) -> None:
+    lance, (first, _) = adapted
+    (first / "sampling.json").write_text(text)
+    with pytest.raises(InputError, match=f"sampling.json{said}"):
+        lance.load_adapter(first)
+    assert not any("lora" in name for name, _ in lance.model.named_parameters())
