@@ -1,8 +1,9 @@
 """What reinforcement learning does to nano, three seeds: before and after, on prompts that none learnt from.
 
-Measured are composition (the share of a caption's claims that the world's judge finds true) of captions of
-one or two things, whether all claims are true, and whether questions about pictures are answered exactly; any
-of them may be what was learnt from. Beside them stand parts of nano-bench, to see what got worse meanwhile.
+Measured are composition (the share of a prompt's claims that the world's judge finds true) and whether all
+claims are true, of short prompts (GenEval's six kinds) and of captions, and whether questions about pictures
+are answered exactly; any of them may be what was learnt from. Beside them stand parts of nano-bench, to see
+what got worse meanwhile.
 Every prompt is drawn from the same noise before and after, and every answer is the likeliest, so that
 differences are paired. A run that is stopped goes on.
 
@@ -22,12 +23,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from machine import about, describe
+from PIL.Image import Image
 
 from openlance.data.save import contact_sheet
 from openlance.eval.nano_bench import run as bench
 from openlance.infer.pipeline import LancePipeline
 from openlance.infer.result import Generated
-from openlance.rl.prompts import Prompts, of_questions, of_world
+from openlance.rl.prompts import Prompts, of_questions, of_tags, of_world
 from openlance.rl.rewards.simple import composition, everything, exact_match
 
 PARTS = ("one", "two", "questions", "edits")
@@ -48,24 +50,25 @@ def measure(model: str | Path, prompts: int, count: int, file: Path) -> dict[str
     if file.exists():
         return json.loads(file.read_text())
     lance = LancePipeline.from_pretrained(model, device="cpu")
-    rows = Prompts(of_world, lambda words, facts: [], lanes=1).held_out(prompts)
-    drawn: list[Generated] = []
-    for start in range(0, prompts, 10):
-        orders = [
-            lance.order.generate_image(row.words, seed=number)
-            for number, row in enumerate(rows[start : start + 10], start)
-        ]
-        drawn += lance.run(orders)  # type: ignore[arg-type]
-    words, facts = [row.words for row in rows], [row.metadata for row in rows]
-    media = [result.frames for result in drawn]
-    found = {
-        "composition": list(composition(words, media, facts)),
-        "everything": list(everything(words, media, facts)),
-        "answers": answers(lance, 2 * prompts),
-    }
+    found: dict[str, list[float]] = {}
+    shown: list[tuple[str, Image]] = []
+    for kind, draw in (("short prompts", of_tags), ("captions", of_world)):
+        rows = Prompts(draw, lambda words, facts: [], lanes=1, apart=True).held_out(prompts)
+        drawn: list[Generated] = []
+        for start in range(0, prompts, 10):
+            orders = [
+                lance.order.generate_image(row.words, seed=number)
+                for number, row in enumerate(rows[start : start + 10], start)
+            ]
+            drawn += lance.run(orders)  # type: ignore[arg-type]
+        words, facts = [row.words for row in rows], [row.metadata for row in rows]
+        media = [result.frames for result in drawn]
+        found[f"{kind}: composition"] = list(composition(words, media, facts))
+        found[f"{kind}: everything"] = list(everything(words, media, facts))
+        shown += [(row.words, result.image) for row, result in zip(rows[:SHOWN], drawn, strict=False)]
+    found["questions: exact answer"] = answers(lance, 2 * prompts)
     for part, scores in bench(lance, count=count, parts=PARTS).items():
         found |= {f"{part}: {name}": [value] for name, value in scores.items() if name in ("all", "kept")}
-    shown = [(row.words, result.image) for row, result in zip(rows[:SHOWN], drawn, strict=False)]
     contact_sheet(shown).save(file.with_suffix(".png"))
     file.write_text(json.dumps(found))
     return found

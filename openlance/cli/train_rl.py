@@ -151,7 +151,7 @@ def _prompts(options: RLOptions, config: RLConfig, orders: Orders, ranks: Ranks)
     from PIL import Image
 
     from openlance.rl.learn import HeldOut
-    from openlance.rl.prompts import Prompts, of_questions, of_tasks, of_world, one_of, read_prompts
+    from openlance.rl.prompts import Prompts, of_pictures, of_questions, of_tasks, one_of, read_prompts
     from openlance.rl.rewards import parse_rewards
     from openlance.rl.rollout import Prompt
     from openlance.sequence.template import Task
@@ -182,10 +182,10 @@ def _prompts(options: RLOptions, config: RLConfig, orders: Orders, ranks: Ranks)
         prompts = [Prompt(prompt, make(prompt, metadata), metadata) for prompt, metadata in rows]
     else:
         side = orders.config.sizes.image
-        shown = of_questions(side) if words else of_world
+        shown = of_questions(side) if words else of_pictures
         learnt = of_tasks(side) if config.algorithm == DISTILL else shown
-        feed = Prompts(learnt, make, config.lanes, ranks, config.seed)
-        prompts = Prompts(shown, make, config.lanes).held_out(HELD_OUT)
+        feed = Prompts(learnt, make, config.lanes, ranks, config.seed, apart=shown is of_pictures)
+        prompts = Prompts(shown, make, config.lanes, apart=feed.apart).held_out(HELD_OUT)
         second = second or (() if words else ("everything",))
     return feed, HeldOut(prompts, parse_rewards(second) if second else None)
 

@@ -18,11 +18,8 @@ from openlance.data.media import Video
 from openlance.errors import InputError
 from openlance.world import (
     SEVERAL_KINDS,
-    SHAPES,
     WORDS,
-    Claims,
     Scene,
-    ThingClaim,
     Turn,
     WorldConfig,
     chain,
@@ -41,7 +38,7 @@ from openlance.world import (
     well_placed,
 )
 from openlance.world import sample_scene as draw_scene
-from openlance.world.language import NUMBERS, RELATION_WORDS, relation, with_article
+from openlance.world.tags import ONE, TAGS, TWO, say_tag
 
 if TYPE_CHECKING:
     from openlance.infer.orders import Order
@@ -51,9 +48,6 @@ ATTRIBUTES = ("color", "shape", "size", "place", "count", "relation", "ground", 
 QUESTIONS = ("color", "shape", "size", "place", "count", "relation", "exists", "ground")
 EDITS = ("recolor", "reshape", "move", "add", "remove", "ground")
 WORD_EDITS = ("write", "rewrite", "erase")
-TAGS = ("single object", "two objects", "counting", "colors", "position", "color attribution")
-ONE = WorldConfig(max_things=1)
-TWO = WorldConfig(max_things=2, count_weights=(0.0, 1.0, 0.0, 0.0))
 WRITTEN = WorldConfig(max_things=1, words=WORDS, text_share=1.0)
 MOVING = WorldConfig(max_things=1, motions=("left", "right", "up", "down", "grow", "shrink"))
 CLIP_FRAMES = 9  # of clips that are asked about
@@ -182,31 +176,6 @@ def _tag(rng: Rng, index: int, sizes: Sizes) -> Iterator[Case]:
     tag = TAGS[index % len(TAGS)]
     words, claims = say_tag(tag, rng)
     yield Case(".png", words, _image(words), lambda picture: {tag: check(claims, picture).all})
-
-
-def say_tag(tag: str, rng: Rng) -> tuple[str, Claims]:
-    if tag == "counting":
-        shape, count = SHAPES[rng.integers(len(SHAPES))], int(rng.integers(2, 5))
-        plural = shape + ("es" if shape == "cross" else "s")
-        return f"{NUMBERS[count]} {plural}", Claims((ThingClaim(shape),) * count, count)
-    if tag in ("single object", "colors"):
-        (thing,) = draw_scene(rng, ONE).things
-        claim = ThingClaim(thing.shape, thing.color if tag == "colors" else None)
-        return _phrase(claim), Claims((claim,))
-    while True:  # two things of different shapes that stand clearly side by side
-        a, b = draw_scene(rng, TWO).things
-        related = relation(a, b)
-        if a.shape != b.shape and related is not None:
-            break
-    colored = tag == "color attribution"
-    first, second = (ThingClaim(thing.shape, thing.color if colored else None) for thing in (a, b))
-    where = related if tag == "position" else None
-    joined = RELATION_WORDS[where][0] if where else "and"
-    return f"{_phrase(first)} {joined} {_phrase(second)}", Claims((first, second), relation=where)
-
-
-def _phrase(claim: ThingClaim) -> str:
-    return with_article(" ".join(filter(None, (claim.color, claim.shape))))
 
 
 def _locate(rng: Rng, index: int, sizes: Sizes) -> Iterator[Case]:

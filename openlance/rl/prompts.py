@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +19,7 @@ from openlance.train.nano_data import KINDS
 from openlance.train.nano_data import draw as draw_item
 from openlance.train.parallel import Ranks
 from openlance.world import WorldConfig, describe, question, render, sample_scene
+from openlance.world.tags import TAGS, say_tag
 
 Worded = tuple[str, Mapping[str, Any]]
 """The user's words, and what the rewards need to know."""
@@ -39,7 +41,9 @@ TRAINING, HELD_OUT = 1_001, 1_002  # begin the seeds, so that no held-out scene 
 class Prompts:
     """Prompts for the loop: what a lane gets at a step depends on the seed alone.
 
-    draw: a prompt by a source of randomness. make: its sequence, up to the target or the answer.
+    draw: a prompt by a source of randomness. make: its sequence, up to the target or the answer. apart: words
+    that one in eight prompts has, by their checksum, are held out, and never drawn to learn from; for prompts
+    so short that other seeds give the same.
     """
 
     draw: Callable[[np.random.Generator], Worded]
@@ -47,6 +51,7 @@ class Prompts:
     lanes: int
     ranks: Ranks = field(default_factory=Ranks)
     seed: int = 0
+    apart: bool = False
 
     def packs(self, step: int) -> Iterator[Prompt]:
         """The prompts of this process, in the order of their lanes."""
@@ -58,7 +63,10 @@ class Prompts:
         return [self._prompt(number, HELD_OUT, number) for number in range(count)]
 
     def _prompt(self, lane: int, *seed: int) -> Prompt:
-        words, metadata = self.draw(np.random.default_rng(seed))
+        rng = np.random.default_rng(seed)
+        words, metadata = self.draw(rng)
+        while self.apart and (zlib.crc32(words.encode()) % 8 == 0) != (seed[0] == HELD_OUT):
+            words, metadata = self.draw(rng)
         return Prompt(words, self.make(words, metadata), metadata, lane)
 
     def state(self) -> dict[str, Any]:
@@ -73,6 +81,17 @@ def of_world(rng: np.random.Generator) -> Worded:
     """A caption of a picture of one or two things, and its "claims" for the judge."""
     words, claims = describe(sample_scene(rng, SCENES), rng)
     return words, {"claims": claims}
+
+
+def of_tags(rng: np.random.Generator) -> Worded:
+    """A short prompt of one of GenEval's six kinds, open about what it does not say; and its "claims"."""
+    words, claims = say_tag(TAGS[rng.integers(len(TAGS))], rng)
+    return words, {"claims": claims}
+
+
+def of_pictures(rng: np.random.Generator) -> Worded:
+    """Short prompts, and one caption among four."""
+    return of_tags(rng) if rng.random() < 0.75 else of_world(rng)
 
 
 def of_questions(side: int) -> Callable[[np.random.Generator], Worded]:

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 
 from openlance.errors import InputError
-from openlance.eval import nano_parts
 from openlance.eval.nano_bench import PARTS, WIDE_PARTS, Tally, run, table
 from openlance.infer.pipeline import LancePipeline
 from openlance.world import COLORS, PLACES, Claims, Scene, Thing, WorldConfig, check, render, sample_scene
 from openlance.world.language import relation
 from openlance.world.scene import is_clear
+from openlance.world.tags import TAGS, say_tag
 
 
 @pytest.fixture(scope="module")
@@ -67,13 +67,13 @@ def test_the_wide_parts_score_what_they_name(nano: LancePipeline) -> None:
     assert all(0 <= results[part][name] <= 1 for part in names for name in names[part])
 
 
-@pytest.mark.parametrize("tag", nano_parts.TAGS)
+@pytest.mark.parametrize("tag", TAGS)
 def test_the_judge_agrees_with_what_a_tag_says(tag: str) -> None:
     """A picture drawn as the prompt says is right, and that of another scene mostly is not."""
     right, others = 0, 0
     for seed in range(12):
         rng = np.random.default_rng(seed)
-        words, claims = nano_parts.say_tag(tag, rng)
+        words, claims = say_tag(tag, rng)
         assert words.startswith(("a ", "an ", "two ", "three ", "four "))
         while not (scene := drawn(claims, rng)):
             pass

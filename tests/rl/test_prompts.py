@@ -10,7 +10,7 @@ import pytest
 from tiny import samples
 
 from openlance.errors import InputError
-from openlance.rl.prompts import Prompts, of_questions, of_world, one_of, read_prompts
+from openlance.rl.prompts import Prompts, of_pictures, of_questions, of_tags, of_world, one_of, read_prompts
 from openlance.rl.rewards.simple import composition
 from openlance.sequence.segment import Sample
 from openlance.train.parallel import Ranks
@@ -57,3 +57,22 @@ def test_prompts_of_files(tmp_path: Path) -> None:
     assert drawn == {"a", "b"}
     with pytest.raises(InputError, match=r"none\.txt: prompts could not be read"):
         read_prompts(tmp_path / "none.txt")
+
+
+def test_words_of_held_out_prompts_are_never_learnt_from() -> None:
+    """Even of prompts so short that they come again."""
+    feed = Prompts(of_tags, make, 4, apart=True)
+    learnt = {words for step in range(60) for _, words in words_of(feed, step)}
+    held_out = [prompt.words for prompt in feed.held_out(40)]
+    assert len(learnt) < 240 and not learnt & set(held_out)
+    plain = {words for step in range(60) for _, words in words_of(Prompts(of_tags, make, 4), step)}
+    assert plain & set(held_out)
+
+
+def test_short_prompts_and_captions_can_be_judged() -> None:
+    rng = np.random.default_rng(0)
+    found = [of_pictures(rng) for _ in range(60)]
+    assert len({words.count(" ") > 5 for words, _ in found}) == 2
+    blank = np.full((1, 96, 96, 3), 255, np.uint8)
+    words, facts = zip(*found, strict=True)
+    assert np.mean(composition(words, [blank] * 60, facts)) < 0.5
