@@ -173,7 +173,8 @@ class Request:
             own["size"] = tuple(self.like["size"])
         if own.get("frames", ...) is None:
             own["frames"] = self.like.get("frames")
-        pipeline = self.load.pipeline(self.tasks, self.like)
+        largest = {name: own.get(name) for name in ("size", "frames")}
+        pipeline = self.load.pipeline(self.tasks, self.like, largest)
         order = method(pipeline.order)
         orders = [order(prompt=self.prompt, seed=seed, **own, **self.settings) for seed in seeds]
         with progress(self.load.quiet) as advance:

@@ -52,8 +52,8 @@ class LoadOptions:
     """Weights in fewer bits, once loaded: int8, fp8 or int4 for both experts, or by part, as
     und=int8,gen=fp8 (the vision tower, vision, only where named). Default: as they are stored."""
     max_memory: Maybe[str] = None
-    """Of a GPU, as 8GB or 7.5GiB: what does not fit waits on the host. For requests of the checkpoint's
-    default sizes, or of --resolution. Default: what is free."""
+    """Of a GPU, as 8GB or 7.5GiB: what does not fit waits on the host. Reckoned for --size and --frames where
+    they are given, else for the checkpoint's sizes or --resolution. Default: what is free."""
     resolution: Maybe[int] = None
     """Side of the square, in pixels, whose area pictures and clips are brought to before they are encoded,
     and that is generated where no size is given. Default: the checkpoint's."""
@@ -62,8 +62,11 @@ class LoadOptions:
     quiet: bool = False
     """No progress bar, and nothing on stderr but errors."""
 
-    def pipeline(self, tasks: Iterable[str], like: Settings | None = None) -> LancePipeline:
-        """The model with what these tasks need; `like`: settings of an output, where no option says other."""
+    def pipeline(
+        self, tasks: Iterable[str], like: Settings | None = None, largest: Settings | None = None
+    ) -> LancePipeline:
+        """The model with what these tasks need; `like`: settings of an output, where no option says other;
+        `largest`: size and frames of what is asked for, for the memory plan."""
         import torch
 
         from openlance.infer.pipeline import LancePipeline
@@ -85,6 +88,7 @@ class LoadOptions:
             sizes=sizes,
             quantize=self.quantize,
             max_memory=self.max_memory,
+            largest=largest,
         )
         if self.adapter is not None:
             pipeline.load_adapter(self.adapter)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,12 +10,14 @@ from typing import Any
 
 import torch
 
+from openlance.config import ModelConfig
 from openlance.infer.device import pick_device
 from openlance.infer.orders import PARTS_OF, override
 from openlance.infer.plan import Plan, plan_for
 from openlance.model.checkpoint import find_release, load_model, load_vae, read_config
 from openlance.model.lance import Lance
-from openlance.model.quantize import Quantize, choose_schemes
+from openlance.model.quantize import Quantize, choose_schemes, schemes_in
+from openlance.model.release import Release
 from openlance.model.vae import VAE
 from openlance.sequence.template import Task
 from openlance.tokenizer import Tokenizer
@@ -40,6 +43,7 @@ def load(
     sizes: Mapping[str, Any] | None,
     quantize: Quantize | None,
     max_memory: str | int | None,
+    largest: Mapping[str, Any] | None,
 ) -> Loaded:
     """The arguments are those of `LancePipeline.from_pretrained`. Raises InputError."""
     device = pick_device(device)
@@ -51,8 +55,25 @@ def load(
     tokenizer = Tokenizer.load(release.folder)
     config = read_config(release, tokenizer)
     config = replace(config, sizes=override(config.sizes, sizes or {}))
-    plan = plan_for(config, tasks, dtype, device, max_memory, schemes)
+    stored = schemes_in(_weights(release))
+    plan = plan_for(_asked(config, largest or {}), tasks, dtype, device, max_memory, {**stored, **schemes})
     home = device if plan is None or plan.resident else torch.device("cpu")
     vae = load_vae(release, config, device=home, dtype=dtype) if "vae" in parts else None
     model = load_model(release, config, device=home, dtype=dtype, parts=parts - {"vae"}, quantize=schemes)
     return Loaded(model, tokenizer, vae, device, plan)
+
+
+def _asked(config: ModelConfig, largest: Mapping[str, Any]) -> ModelConfig:
+    """The configuration as if requests had this size and so many frames by default, where they are given."""
+    sizes: dict[str, Any] = {}
+    if largest.get("size") is not None:  # what cannot be is refused when it is ordered
+        side = math.ceil(math.prod(largest["size"]) ** 0.5)
+        sizes = {"image": side, "video": side}
+    if (largest.get("frames") or 0) > 0:
+        sizes["frames"] = largest["frames"]
+    return replace(config, sizes=override(config.sizes, sizes))
+
+
+def _weights(release: Release) -> list[Path]:
+    """The files that may hold quantised weights."""
+    return [*release.weights, *([] if release.vit is None else release.vit.glob("*.safetensors"))]

@@ -91,6 +91,7 @@ class LancePipeline:
         sizes: Mapping[str, Any] | None = None,
         quantize: Quantize | None = None,
         max_memory: str | int | None = None,
+        largest: Mapping[str, Any] | None = None,
     ) -> LancePipeline:
         """Load a checkpoint: "nano" (bundled), a folder in the released layout, or a Hugging Face id.
 
@@ -99,8 +100,10 @@ class LancePipeline:
         sizes: fields of `Sizes`, over the checkpoint's own. quantize: "int8", "fp8" or "int4" weights for
         both experts, or a scheme by part, see `openlance.model.quantize`. max_memory: of the device, as "8GB"
         or in bytes, for requests of these sizes; default what a GPU has free. See `openlance.infer.plan`.
+        largest: "size" (height, width) and "frames" of the largest request to come, for that plan; default:
+        those of `sizes`.
         """
-        loaded = load(source, variant, device, dtype, tasks, sizes, quantize, max_memory)
+        loaded = load(source, variant, device, dtype, tasks, sizes, quantize, max_memory, largest)
         made = cls(loaded.model, loaded.tokenizer, loaded.vae)
         if loaded.plan is not None:
             made.follow(loaded.plan, loaded.device)

@@ -17,6 +17,7 @@ from tiny import config, network, tokenizer, vae
 
 from openlance.config import BackboneConfig, ModelConfig, lance_3b
 from openlance.errors import InputError
+from openlance.infer.load import load
 from openlance.infer.memory import Estimator, Peak
 from openlance.infer.pipeline import LancePipeline
 from openlance.infer.plan import MARGIN, Plan, make_plan, parse_memory, plan_for, weigh
@@ -182,3 +183,19 @@ def test_adapters_go_where_the_weights_are(tmp_path: Path) -> None:
     lance.follow(plan(Estimator(wide()), Task.T2I, 5.5e6), CPU)
     lance.load_adapter(tmp_path / "adapter")
     assert np.array_equal(lance.generate_image("a red circle", seed=1, steps=1).frames, before)
+
+
+def planned(folder: Path, task: Task, **largest: object) -> Plan:
+    loaded = load(folder, None, "cpu", torch.float32, [task], None, None, "1GB", largest)
+    assert loaded.plan is not None and loaded.model.config.sizes == config().sizes
+    return loaded.plan
+
+
+def test_a_plan_is_for_the_largest_request(tiny_checkpoint: Path) -> None:
+    """The sizes of the checkpoint stay what they are."""
+    sizes, usual = config().sizes, planned(tiny_checkpoint, Task.T2I)
+    assert planned(tiny_checkpoint, Task.T2I, size=(sizes.image, sizes.image), frames=None) == usual
+    wide = planned(tiny_checkpoint, Task.T2I, size=(2 * sizes.image, sizes.image))
+    assert wide.phases["denoise"] > usual.phases["denoise"] and wide.phases["decode"] > usual.phases["decode"]
+    long, short = (planned(tiny_checkpoint, Task.T2V, **asked) for asked in ({"frames": 33}, {}))
+    assert long.phases["denoise"] > short.phases["denoise"]

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from openlance.cli import main
 from openlance.config import lance_3b
 from openlance.errors import InputError
+from openlance.infer.load import load as load_planned
 from openlance.infer.memory import Peak
 from openlance.infer.pipeline import LancePipeline
 from openlance.model.adapters import add_lora, load_adapter, merge_adapters, save_adapter, unload_adapters
@@ -32,6 +33,7 @@ from openlance.model.quantize import (
     weight_bytes,
 )
 from openlance.sequence.pack import pack
+from openlance.sequence.template import Task
 
 pytest.importorskip("torchao")
 ATOL = 2e-5  # float32, products in another order than those of the widened weights; measured 3e-6
@@ -188,6 +190,18 @@ def test_what_is_saved_quantised_loads_as_if_quantised_now(tiny_checkpoint: Path
     )
     with pytest.raises(InputError, match=r"model-.*: the weights are quantised already, as int8"):
         load(tmp_path / "small", "und=fp8")
+
+
+def test_what_is_stored_quantised_is_planned_so(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    save_pretrained(
+        tmp_path / "small", model=load(tiny_checkpoint, ALL), vae=None, tokenizer=tokenizer(), config=config()
+    )
+    plain, small = (
+        load_planned(folder, None, "cpu", torch.float32, [Task.CHAT], None, None, "1GB", None).plan
+        for folder in (tiny_checkpoint, tmp_path / "small")
+    )
+    assert plain is not None and small is not None
+    assert small.weights.layer["und"] < 0.7 * plain.weights.layer["und"]
 
 
 def test_the_command_writes_a_model_that_is_used_like_any_other(
