@@ -1,9 +1,9 @@
 """What reinforcement learning does to nano, three seeds: before and after, on prompts that none learnt from.
 
 Measured are composition (the share of a prompt's claims that the world's judge finds true) and whether all
-claims are true, of short prompts (GenEval's six kinds) and of captions, and whether questions about pictures
-are answered exactly; any of them may be what was learnt from. Beside them stand parts of nano-bench, to see
-what got worse meanwhile.
+claims are true, of short prompts (GenEval's six kinds) and of captions, drawn as nano-rl learns them (ten
+steps without guidance) and as the checkpoint does by default; and whether questions about pictures are
+answered exactly. Beside them stand parts of nano-bench, to see what got worse.
 Every prompt is drawn from the same noise before and after, and every answer is the likeliest, so that
 differences are paired. A run that is stopped goes on.
 
@@ -17,8 +17,10 @@ import argparse
 import json
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from itertools import product
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,11 +31,13 @@ from openlance.data.save import contact_sheet
 from openlance.eval.nano_bench import run as bench
 from openlance.infer.pipeline import LancePipeline
 from openlance.infer.result import Generated
-from openlance.rl.prompts import Prompts, of_questions, of_tags, of_world
+from openlance.rl.prompts import Prompts, Worded, of_questions, of_tags, of_world
 from openlance.rl.rewards.simple import composition, everything, exact_match
 
 PARTS = ("one", "two", "questions", "edits")
-SHOWN = 12
+KINDS: dict[str, Callable[[np.random.Generator], Worded]] = {"short prompts": of_tags, "captions": of_world}
+WAYS: dict[str, dict[str, Any]] = {"as learnt": {"guidance": 1.0, "steps": 10}, "by default": {}}
+SHOWN = 6
 
 
 def train(steps: int, seed: int, folder: Path, options: Sequence[str]) -> Path:
@@ -52,19 +56,19 @@ def measure(model: str | Path, prompts: int, count: int, file: Path) -> dict[str
     lance = LancePipeline.from_pretrained(model, device="cpu")
     found: dict[str, list[float]] = {}
     shown: list[tuple[str, Image]] = []
-    for kind, draw in (("short prompts", of_tags), ("captions", of_world)):
+    for (kind, draw), (way, settings) in product(KINDS.items(), WAYS.items()):
         rows = Prompts(draw, lambda words, facts: [], lanes=1, apart=True).held_out(prompts)
         drawn: list[Generated] = []
         for start in range(0, prompts, 10):
             orders = [
-                lance.order.generate_image(row.words, seed=number)
+                lance.order.generate_image(row.words, seed=number, **settings)
                 for number, row in enumerate(rows[start : start + 10], start)
             ]
             drawn += lance.run(orders)  # type: ignore[arg-type]
         words, facts = [row.words for row in rows], [row.metadata for row in rows]
         media = [result.frames for result in drawn]
-        found[f"{kind}: composition"] = list(composition(words, media, facts))
-        found[f"{kind}: everything"] = list(everything(words, media, facts))
+        found[f"{kind}, {way}: composition"] = list(composition(words, media, facts))
+        found[f"{kind}, {way}: everything"] = list(everything(words, media, facts))
         shown += [(row.words, result.image) for row, result in zip(rows[:SHOWN], drawn, strict=False)]
     found["questions: exact answer"] = answers(lance, 2 * prompts)
     for part, scores in bench(lance, count=count, parts=PARTS).items():

@@ -100,9 +100,9 @@ def train_command(name: str) -> Callable[..., None]:
         """Train a model, or go on training one: on a laptop, or on many machines through torchrun.
 
         Presets: pt, ct and sft are the stages of the paper; lora adapts the generation expert on one GPU;
-        nano-pt, nano-ct and nano-sft make the bundled model on CPU; rl and nano-rl learn from rewards, with a
-        help of their own. Every value can be changed. Ctrl-C and SIGTERM save the run and end it; --resume
-        goes on, also with another number of processes.
+        nano-pt, nano-ct and nano-sft make the bundled model on CPU; rl and nano-rl learn from rewards,
+        distill and nano-distill to draw in few steps, with a help of their own. Every value can be changed.
+        Ctrl-C and SIGTERM save the run and end it; --resume goes on, also with another number of processes.
 
         For example:
           openlance train --preset nano-pt

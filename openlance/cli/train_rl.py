@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 NANO = "nano-"
 DISTILL = "distill"
-JUDGED, EXACT = ("composition",), ("exact_match",)
+JUDGED, EXACT = ("composition", "everything"), ("exact_match",)
 HELD_OUT = 16
 
 
@@ -37,19 +37,19 @@ class RLOptions:
     """Run."""
 
     data: tuple[str, ...] = ()
-    """Files of prompts: a line each, or .jsonl with "prompt" and what the rewards need to know. nano-rl draws
-    captions of its world, or asks about it."""
+    """Files of prompts: a line each, or .jsonl with "prompt" and what the rewards need to know. The presets
+    of nano draw prompts from its world, or ask about it."""
     held_out: tuple[str, ...] = ()
-    """Such files to measure on. nano-rl has its own."""
+    """Such files to measure on. The presets of nano have their own."""
     rewards: tuple[str, ...] = ()
     """What is learnt from, each NAME or NAME=WEIGHT: composition, everything, edited, motion (the judge of
-    the world), exact_match, ocr, clip:MODEL, http://… Default of nano-rl: composition; of words,
-    exact_match."""
+    the world), exact_match, ocr, clip:MODEL, http://… Default of nano-rl: composition and everything; of
+    words, exact_match. Distillation needs none."""
     second_rewards: tuple[str, ...] = ()
-    """What is only measured, on the held-out prompts. Default of nano-rl: everything."""
+    """What is only measured, on the held-out prompts. Default of nano-distill: composition and everything."""
     init: Maybe[str] = None
-    """Weights to begin from: a folder in the released layout or a Hugging Face id. Default of nano-rl: the
-    bundled model."""
+    """Weights to begin from: a folder in the released layout or a Hugging Face id. Default of the presets of
+    nano: the bundled model."""
     vae: Maybe[str] = None
     """A release with the VAE, where --init has none."""
     variant: Maybe[str] = None
@@ -82,15 +82,17 @@ def rl_command(name: str) -> Callable[..., None]:
         config: RLValues = defaults,
         options: RLOptions,
     ) -> None:
-        """Train a model by rewards: it draws each prompt several times, and learns what was better.
+        """Train a model by what it draws itself: by rewards, it draws each prompt several times and learns
+        what was better; by distillation, it learns to draw in few steps what it draws in many.
 
-        Presets: rl is the fourth stage of the paper; nano-rl teaches the bundled model on CPU. Values that
-        speak of words or of dropped conditions have no effect here. Ctrl-C and SIGTERM save the run and end
-        it; --resume goes on.
+        Presets: rl is the fourth stage of the paper, and distill makes a few-step model; nano-rl and
+        nano-distill do so with the bundled model on CPU. Values that speak of words or of dropped conditions
+        have no effect here. Ctrl-C and SIGTERM save the run and end it; --resume goes on.
 
         For example:
-          openlance train --preset nano-rl openlance train --preset rl --init weights --data prompts.txt
-          --rewards ocr --lora-rank 32
+          openlance train --preset nano-rl
+          openlance train --preset rl --init weights --data prompts.txt --rewards ocr --lora-rank 32
+          openlance train --preset distill --init weights --data prompts.txt --lora-rank 64
         """
         _run(preset, run_dir, RLConfig(**vars(config)), options)
 
@@ -186,7 +188,7 @@ def _prompts(options: RLOptions, config: RLConfig, orders: Orders, ranks: Ranks)
         learnt = of_tasks(side) if config.algorithm == DISTILL else shown
         feed = Prompts(learnt, make, config.lanes, ranks, config.seed, apart=shown is of_pictures)
         prompts = Prompts(shown, make, config.lanes, apart=feed.apart).held_out(HELD_OUT)
-        second = second or (() if words else ("everything",))
+        second = second or (JUDGED if config.algorithm == DISTILL and not options.rewards else ())
     return feed, HeldOut(prompts, parse_rewards(second) if second else None)
 
 

@@ -82,10 +82,12 @@ def reinforcement() -> RLConfig:
 
 
 def nano_reinforcement() -> RLConfig:
-    """The bundled model, rewarded by the judge of its world."""
+    """The bundled model, rewarded by the judge of its world. By DiffusionNFT, whose step takes half as long
+    as GRPO's on CPU: it learns without guidance."""
     return replace(
         reinforcement(),
-        steps=200, lanes=4, tokens=4_096, learning_rate=2e-5, warmup=10, time_shift=3.0, group=8,
+        algorithm="nft", guidance=1.0,
+        steps=200, lanes=4, tokens=4_096, learning_rate=1e-4, warmup=10, time_shift=3.0, group=8,
         rollout_steps=10, ema=0.9, precision="float32", checkpointing=False, save_every=10, validate_every=20,
     )  # fmt: skip
 
