@@ -43,7 +43,8 @@ class LoadOptions:
     variant: Maybe[str] = None
     """Lance_3B or Lance_3B_Video, where a folder holds both."""
     adapter: Maybe[Path] = None
-    """Folder of a LoRA adapter for the model, as `openlance train` writes it."""
+    """Folder of a LoRA adapter for the model, as `openlance train` writes it; or nano-fast (bundled: nano in
+    five steps without guidance)."""
     device: Maybe[str] = None
     """cpu, cuda, cuda:1 or mps. Default: the best there is."""
     dtype: Maybe[Literal["float32", "bfloat16", "float16"]] = None

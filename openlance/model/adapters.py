@@ -24,6 +24,7 @@ from torch import Tensor
 from openlance.config import SamplingConfig
 from openlance.errors import InputError
 from openlance.model.checkpoint import check_fit, open_tensors, read_tensor
+from openlance.model.hub import BUNDLED_ADAPTERS
 from openlance.model.lance import PARTS, Lance
 from openlance.model.quantize import schemes_of
 from openlance.model.release import read_json, some, typed_like
@@ -115,10 +116,11 @@ def save_adapter(
 def load_adapter(model: Lance, folder: str | Path, name: str = "default") -> None:
     """Add a saved adapter under a name and make it the active one; it can be trained further.
 
+    folder: of the adapter, or "nano-fast", which is bundled: nano in five steps without guidance.
     Raises InputError, before the model is changed, naming the file and what cannot be used: settings, or the
     parameters that are missing, surplus, misshapen or not finite.
     """
-    folder = Path(folder)
+    folder = BUNDLED_ADAPTERS.get(str(folder), Path(folder))
     peft = _peft()
     config = _read_config(peft, folder / CONFIG)
     own = _read_sampling(folder / SAMPLING)

@@ -21,7 +21,9 @@ from openlance.model.release import (
 )
 
 REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
-BUNDLED = {"nano": Path(__file__).resolve().parents[1] / "assets" / "nano"}
+ASSETS = Path(__file__).resolve().parents[1] / "assets"
+BUNDLED = {"nano": ASSETS / "nano"}
+BUNDLED_ADAPTERS = {"nano-fast": ASSETS / "nano-fast"}
 
 
 def find_release(

@@ -13,6 +13,7 @@ from tiny import build_network
 from openlance.errors import InputError
 from openlance.infer.pipeline import LancePipeline
 from openlance.model.adapters import add_lora, disabled, save_adapter
+from openlance.world import Claims, ThingClaim, check
 
 
 @pytest.fixture
@@ -104,3 +105,14 @@ def test_sampling_of_an_adapter_that_cannot_be_is_refused(
     with pytest.raises(InputError, match=f"sampling.json{said}"):
         lance.load_adapter(first)
     assert not any("lora" in name for name, _ in lance.model.named_parameters())
+
+
+def test_the_bundled_adapter_draws_in_five_steps() -> None:
+    """What is asked, with a fifth of the evaluations or fewer."""
+    lance = LancePipeline.from_pretrained("nano", device="cpu")
+    lance.load_adapter("nano-fast")
+    assert (lance.config.sampling.steps, lance.config.sampling.guidance) == (5, 1.0)
+    words = "a large red circle in the center on white"
+    claims = Claims((ThingClaim("circle", "red", "large", "center"),), 1, ground="white")
+    right = [check(claims, lance.generate_image(words, seed=seed).frames[0]).all for seed in range(3)]
+    assert sum(right) >= 2
