@@ -4,7 +4,7 @@ Each way is judged by parts of nano-bench on the same prompts from the same nois
 one after the other, beside the others in the same run. An evaluation is one branch of one step through the
 network.
 
-    openlance train --preset nano-distill --lora-rank 32
+    openlance train --preset nano-distill
     python benchmarks/few_steps.py --adapter runs/nano-distill/adapter
 """
 

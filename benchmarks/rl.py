@@ -37,6 +37,7 @@ from openlance.rl.rewards.simple import composition, everything, exact_match
 PARTS = ("one", "two", "questions", "edits")
 KINDS: dict[str, Callable[[np.random.Generator], Worded]] = {"short prompts": of_tags, "captions": of_world}
 WAYS: dict[str, dict[str, Any]] = {"as learnt": {"guidance": 1.0, "steps": 10}, "by default": {}}
+SHORT = 3  # times as many short prompts as captions: most of them are failed, so that more must be asked
 SHOWN = 6
 
 
@@ -57,9 +58,10 @@ def measure(model: str | Path, prompts: int, count: int, file: Path) -> dict[str
     found: dict[str, list[float]] = {}
     shown: list[tuple[str, Image]] = []
     for (kind, draw), (way, settings) in product(KINDS.items(), WAYS.items()):
-        rows = Prompts(draw, lambda words, facts: [], lanes=1, apart=True).held_out(prompts)
+        count_of = SHORT * prompts if draw is of_tags else prompts
+        rows = Prompts(draw, lambda words, facts: [], lanes=1, apart=True).held_out(count_of)
         drawn: list[Generated] = []
-        for start in range(0, prompts, 10):
+        for start in range(0, count_of, 10):
             orders = [
                 lance.order.generate_image(row.words, seed=number, **settings)
                 for number, row in enumerate(rows[start : start + 10], start)

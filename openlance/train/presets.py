@@ -103,12 +103,12 @@ def distillation() -> RLConfig:
 
 
 def nano_distillation() -> RLConfig:
-    """The bundled model in five steps without guidance."""
+    """The bundled model in five steps without guidance, as an adapter: this made nano-fast."""
     return replace(
         distillation(),
-        steps=300, lanes=4, tokens=4_096, learning_rate=3e-4, warmup=10, time_shift=3.0, group=8,
-        rollout_steps=5, teacher_steps=20, precision="float32", checkpointing=False, save_every=10,
-        validate_every=50,
+        steps=160, lanes=3, tokens=1_024, learning_rate=1e-3, warmup=10, time_shift=3.0, group=4,
+        rollout_steps=5, teacher_steps=10, ema=0.95, lora_rank=32, lora_alpha=64.0, precision="float32",
+        checkpointing=False, save_every=10, validate_every=50,
     )  # fmt: skip
 
 
