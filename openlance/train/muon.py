@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
@@ -44,7 +44,8 @@ class Muon(torch.optim.Optimizer):
                     alike[rows, columns].append((matrix, change.flatten(1)))
             for (rows, columns), pairs in alike.items():
                 scale = 0.04 * max(rows, columns) if group["like_adamw"] else max(1, rows / columns)
-                for (matrix, change), way in zip(pairs, _all_orthogonal([c for _, c in pairs]), strict=True):
+                changes = torch.stack([change for _, change in pairs])
+                for (matrix, change), way in zip(pairs, orthogonal(changes), strict=True):
                     if change.any():
                         matrix.sub_(way.view_as(matrix), alpha=group["lr"] * scale**0.5)
 
@@ -59,13 +60,6 @@ def orthogonal(matrices: Tensor, steps: int = 5) -> Tensor:
         square = x @ x.mT
         x = a * x + (b * square + c * square @ square) @ x
     return x.mT if tall else x
-
-
-def _all_orthogonal(matrices: Sequence[Tensor]) -> Iterable[Tensor]:
-    """Of equal shape. Together on an accelerator; on the CPU a batched product is slower than its parts."""
-    if matrices[0].device.type == "cpu":
-        return map(orthogonal, matrices)
-    return orthogonal(torch.stack(list(matrices)))
 
 
 def split_parameters(module: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
