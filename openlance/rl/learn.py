@@ -113,10 +113,10 @@ def train_rl(
     """Learn from rewards, and give the averaged weights of the whole network (on the main process).
 
     decode: latents into frames; for words, a `Vocabulary`. rewards: distillation asks for none, and has them
-    on held-out prompts alone. run_dir, resume: as of
-    `openlance.train.loop.train`, which this shares its loop, states and log with; a resumed run needs the
-    weights that it began with, for the divergence from them. Raises RewardError, NonFiniteLoss, Stopped after
-    a signal, InputError for settings or a folder that do not fit.
+    on held-out prompts alone. run_dir, resume: as of `openlance.train.loop.train`, which this shares its
+    loop, states and log with; a resumed run needs the weights that it began with, for the divergence from
+    them, or to be taught by them. Raises RewardError, NonFiniteLoss, Stopped after a signal, InputError for
+    settings or a folder that do not fit.
     """
     ranks = Ranks(device=model.device) if ranks is None else ranks
     checkpoints = Checkpoints(run_dir, config.keep, ranks)

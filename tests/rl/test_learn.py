@@ -149,9 +149,16 @@ def test_what_is_rewarded_comes_more_often(tmp_path: Path, changes: dict) -> Non
 
 
 @pytest.mark.slow
-def test_two_processes_learn_what_one_learns(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"kl": 0.1, "ratio_range": 0.2},
+        {"algorithm": "distill", "guidance": 1.0, "rollout_steps": 2, "teacher_steps": 4},
+    ],
+)
+def test_two_processes_learn_what_one_learns(tmp_path: Path, changes: dict) -> None:
     """The same groups from the same noise: weights agree up to the order of sums."""
-    settings = {"steps": 2, "lanes": 2, "kl": 0.1, "validate_every": 1, "ratio_range": 0.2}
+    settings = {"steps": 2, "lanes": 2, "validate_every": 1, **changes}
     one, two = (tmp_path / name for name in ("one", "two"))
     whole, _, _ = run(one, rl_config(**settings), held_out=tiny_held_out())
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
@@ -170,5 +177,5 @@ def test_two_processes_learn_what_one_learns(tmp_path: Path) -> None:
         torch.testing.assert_close(tensor, whole[name], atol=1e-5, rtol=1e-4, msg=name)
     for first, second in zip(log_of(one), log_of(two), strict=True):
         assert first.keys() == second.keys()
-        for name in {"reward", "held_out/reward", "kl", "first_ratio_off", "norm"} & first.keys():
+        for name in {"reward", "held_out/reward", "kl", "first_ratio_off", "norm", "error"} & first.keys():
             assert second[name] == pytest.approx(first[name], rel=1e-3, abs=1e-6), name
