@@ -55,7 +55,7 @@ def load(
     tokenizer = Tokenizer.load(release.folder)
     config = read_config(release, tokenizer)
     config = replace(config, sizes=override(config.sizes, sizes or {}))
-    stored = schemes_in(_weights(release))
+    stored = schemes_in(_weights(release, parts))
     plan = plan_for(_asked(config, largest or {}), tasks, dtype, device, max_memory, {**stored, **schemes})
     home = device if plan is None or plan.resident else torch.device("cpu")
     vae = load_vae(release, config, device=home, dtype=dtype) if "vae" in parts else None
@@ -74,6 +74,8 @@ def _asked(config: ModelConfig, largest: Mapping[str, Any]) -> ModelConfig:
     return replace(config, sizes=override(config.sizes, sizes))
 
 
-def _weights(release: Release) -> list[Path]:
-    """The files that may hold quantised weights."""
-    return [*release.weights, *([] if release.vit is None else release.vit.glob("*.safetensors"))]
+def _weights(release: Release, parts: frozenset[str]) -> list[Path]:
+    """The files that may hold quantised weights of these parts."""
+    look = release.vit if "vision" in parts else None
+    files = [*release.weights, *([] if look is None else look.iterdir())]
+    return [file for file in files if file.suffix == ".safetensors"]

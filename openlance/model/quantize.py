@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from openlance.config import ModelConfig
@@ -269,11 +269,17 @@ def quantized_in(
 
 
 def schemes_in(files: Iterable[Path]) -> dict[str, Scheme]:
-    """Part -> scheme of what safetensors files of a release hold quantised; only their headers are read."""
+    """Part -> scheme of what safetensors files of a release hold quantised; only their headers are read.
+
+    Raises InputError for a file that cannot be read.
+    """
     found = {}
     for path in files:
-        with safe_open(path, framework="pt") as file:
-            header = file.metadata() or {}
+        try:
+            with safe_open(path, framework="pt") as file:
+                header = file.metadata() or {}
+        except (SafetensorError, OSError) as error:
+            raise InputError(f"{path}: cannot be read as safetensors, is it complete? ({error})") from error
         for key in json.loads(header.get("tensor_names", "[]")):
             kind = json.loads(header[key])["_type"]
             scheme = next((scheme for scheme in SCHEMES.values() if kind in scheme.kinds), None)
