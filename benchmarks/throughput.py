@@ -24,7 +24,7 @@ from machine import about, describe, write
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from openlance.config import ModelConfig, SamplingConfig, SpecialTokens, TextConfig, TrainConfig, preset
+from openlance.config import ModelConfig, SamplingConfig, SpecialTokens, TextConfig, preset
 from openlance.infer.bench import measure_ceilings, now, random_weights
 from openlance.infer.generate import Step, denoise
 from openlance.infer.speak import speak
@@ -33,6 +33,7 @@ from openlance.model.vae import VAE
 from openlance.sequence.pack import pack
 from openlance.sequence.segment import Kind, Role, Sample, Segment
 from openlance.train.losses import losses
+from openlance.train.settings import TrainConfig
 
 PROMPT_TOKENS, NEW_TOKENS = 128, 64
 Result = dict[str, Any]

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from openlance.cli.options import Maybe, option
 from openlance.cli.train_rl import RLOptions, rl_command
-from openlance.config import RLConfig, TrainConfig, to_dict
+from openlance.config import to_dict
 from openlance.errors import InputError
 from openlance.train import presets
+from openlance.train.settings import RLConfig, TrainConfig
 
 if TYPE_CHECKING:
     import torch

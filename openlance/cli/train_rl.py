@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from openlance.cli.options import Maybe, option
-from openlance.config import RLConfig, to_dict
+from openlance.config import to_dict
 from openlance.errors import InputError
 from openlance.train import presets
+from openlance.train.settings import RLConfig
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -15,11 +15,12 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from openlance.config import RLConfig, SamplingConfig
+from openlance.config import SamplingConfig
 from openlance.flow.path import time_grid
 from openlance.flow.solver import Transition, euler
 from openlance.rl.grpo import Judged
 from openlance.rl.rollout import Targets, Visit
+from openlance.train.settings import RLConfig
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from openlance.config import RLConfig
 from openlance.flow.path import time_grid
 from openlance.flow.solver import transitions, walk
 from openlance.rl.rollout import Targets, Visit, as_learnt
+from openlance.train.settings import RLConfig
 
 SMALL = 1e-4  # keeps a group of nearly equal rewards from being blown up
 LARGEST = 5.0

@@ -17,7 +17,6 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
-from openlance.config import RLConfig
 from openlance.data.frames import Video
 from openlance.data.save import contact_sheet
 from openlance.errors import InputError
@@ -33,6 +32,7 @@ from openlance.train.draw import generator_of
 from openlance.train.loop import NonFiniteLoss, Run, drive, freeze
 from openlance.train.parallel import Ranks, spread
 from openlance.train.report import Report, Tracker
+from openlance.train.settings import RLConfig
 from openlance.train.update import Average, learning_rate
 
 SHEETS = "samples"

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from openlance.config import RLConfig
 from openlance.flow.path import interpolate, time_grid
 from openlance.flow.solver import Transition, euler
 from openlance.rl.grpo import Judged
 from openlance.rl.rollout import Targets, Visit, as_learnt
+from openlance.train.settings import RLConfig
 
 
 def merit(advantage: Tensor) -> Tensor:

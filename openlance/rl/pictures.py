@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from openlance.config import RLConfig, SamplingConfig
+from openlance.config import SamplingConfig
 from openlance.data.frames import Frames
 from openlance.flow.path import time_grid
 from openlance.flow.solver import euler
@@ -19,6 +19,7 @@ from openlance.rl.rewards.base import Media
 from openlance.rl.rollout import Prompt, Targets, Visit
 from openlance.train.losses import Objective
 from openlance.train.parallel import Ranks
+from openlance.train.settings import RLConfig
 
 Decode = Callable[[Tensor], Frames]
 """Latents [frames, rows, columns, channels] → frames uint8 [T, H, W, 3]."""

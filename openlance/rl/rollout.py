@@ -80,7 +80,7 @@ class Targets:
 
     def sampled(self, sampling: SamplingConfig) -> Targets:
         """The same members, guided in another way."""
-        return Targets(self.objective, [*self.branches[0]], self.members, sampling, self.ranks)
+        return Targets(self.objective, self.branches[0], self.members, sampling, self.ranks)
 
     @property
     def tokens(self) -> int:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
-from openlance.config import RLConfig, TextConfig
+from openlance.config import TextConfig
 from openlance.errors import InputError
 from openlance.infer.speak import Voice, speak_together
 from openlance.rl.grpo import Judged, clipped
@@ -19,6 +19,7 @@ from openlance.sequence.pack import PackedBatch, pack
 from openlance.sequence.segment import Kind, Role, Segment
 from openlance.train.losses import Objective
 from openlance.train.parallel import Ranks, pattern_of
+from openlance.train.settings import RLConfig
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,10 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from openlance.config import ModelConfig, TrainConfig
+from openlance.config import ModelConfig
 from openlance.flow.path import draw_times
 from openlance.sequence.pack import PackedBatch, pack
 from openlance.sequence.segment import Kind, Role, Sample, Segment, without
+from openlance.train.settings import TrainConfig
 
 CONDITIONS = (Role.USER, Role.SOURCE, Role.REFERENCE)
 

@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from openlance.config import TrainConfig, to_dict
+from openlance.config import to_dict
 from openlance.errors import InputError
 from openlance.model.flops import work_of
 from openlance.model.lance import Lance
@@ -34,6 +34,7 @@ from openlance.train.flops import device_peak_flops, flops_per_step
 from openlance.train.losses import Counts, Losses, Objective
 from openlance.train.parallel import Ranks, pattern_of, spread, trained_parameters, whole_state
 from openlance.train.report import NoTracker, Report, Tracker
+from openlance.train.settings import TrainConfig
 from openlance.train.update import Average, learning_rate, make_optimizers
 
 if TYPE_CHECKING:

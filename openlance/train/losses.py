@@ -8,11 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from openlance.config import TrainConfig
 from openlance.flow.path import interpolate
 from openlance.model.attention import Pattern
 from openlance.model.lance import Lance, Output
 from openlance.sequence.pack import PackedBatch
+from openlance.train.settings import TrainConfig
 
 
 @dataclass(frozen=True)

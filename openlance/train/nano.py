@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from openlance.config import ModelConfig, TrainConfig, nano
+from openlance.config import ModelConfig, nano
 from openlance.model.lance import Lance
 from openlance.model.vae import VAE
 from openlance.model.vision import Vision
@@ -34,6 +34,7 @@ from openlance.train.nano_data import (
 from openlance.train.nano_vae import read_vae_config, train_clips, train_decoder, train_vae
 from openlance.train.nano_vision import train_vision
 from openlance.train.parallel import Ranks
+from openlance.train.settings import TrainConfig
 from openlance.world import vocabulary_texts
 
 M = TypeVar("M", bound=nn.Module)

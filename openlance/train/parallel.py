@@ -18,13 +18,13 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint
 
-from openlance.config import TrainConfig
 from openlance.errors import InputError
 from openlance.model.attention import Pattern, Rows, Shared, flex_pattern
 from openlance.model.context_parallel import Share
 from openlance.model.lance import Lance
 from openlance.sequence.pack import PackedBatch
 from openlance.train.losses import Objective
+from openlance.train.settings import TrainConfig
 
 PATIENCE = timedelta(hours=3)
 """How long processes on CPU wait for each other: the frozen parts of nano are made by the first one alone."""

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-from openlance.config import RLConfig, TrainConfig
 from openlance.errors import InputError
+from openlance.train.settings import RLConfig, TrainConfig
 
 
 def pre_training() -> TrainConfig:

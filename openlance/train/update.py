@@ -9,8 +9,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from openlance.config import TrainConfig
 from openlance.train.muon import Muon
+from openlance.train.settings import TrainConfig
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from ran import Run, refused
 
-from openlance.config import TrainConfig
 from openlance.train.presets import PRESETS, preset
+from openlance.train.settings import TrainConfig
 
 
 @pytest.fixture

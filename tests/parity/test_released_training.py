@@ -11,7 +11,6 @@ import torch
 from golden_case import ATOL, assert_near, groups, in_order, mask_in_order, unpack_bits, whole_hidden
 from torch import Tensor
 
-from openlance.config import TrainConfig
 from openlance.data.buckets import to_vit_patches
 from openlance.data.tasks import View
 from openlance.flow.path import interpolate, shift_time
@@ -23,6 +22,7 @@ from openlance.sequence.pack import PackedBatch, pack, token_ids
 from openlance.sequence.segment import Kind, Role, Sample, Segment
 from openlance.sequence.template import compose
 from openlance.train.losses import Losses, losses
+from openlance.train.settings import TrainConfig
 
 GRADIENT_RTOL = 1e-3  # of norms; the tolerance that MEANING.md gives
 VISION = r"<\|vision_start\|>.*?<\|vision_end\|>"

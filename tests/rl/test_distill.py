@@ -12,7 +12,7 @@ from tiny import build_network, network
 from tiny_rl import TinyPrompts, decode, prompt, rl_config
 from torch import Tensor
 
-from openlance.config import RLConfig, SamplingConfig, TrainConfig
+from openlance.config import SamplingConfig
 from openlance.errors import InputError
 from openlance.flow.path import time_grid
 from openlance.flow.solver import euler
@@ -23,6 +23,7 @@ from openlance.rl.prompts import DRAWN, of_tasks
 from openlance.rl.rollout import Targets
 from openlance.train.losses import Objective
 from openlance.train.parallel import Ranks
+from openlance.train.settings import RLConfig, TrainConfig
 
 TEACHER = SamplingConfig(steps=6, shift=2.0, guidance=3.0, guidance_interval=(0.0, 1.0))
 STUDENT = replace(TEACHER, guidance=1.0)

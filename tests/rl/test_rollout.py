@@ -10,7 +10,7 @@ from tiny import CHANNELS, build_network, network
 from tiny_rl import prompt, rl_config
 from torch import Tensor
 
-from openlance.config import SamplingConfig, TrainConfig
+from openlance.config import SamplingConfig
 from openlance.errors import InputError
 from openlance.infer.generate import denoise
 from openlance.model.lance import Lance
@@ -18,6 +18,7 @@ from openlance.rl.grpo import GRPO
 from openlance.rl.rollout import Targets, as_learnt
 from openlance.train.losses import Objective
 from openlance.train.parallel import Ranks
+from openlance.train.settings import TrainConfig
 
 ATOL = 1e-5  # float32, another order of operations, as tests/infer/test_denoise.py
 NAMES = ("t2i", "i2v", "image_edit", "subject")

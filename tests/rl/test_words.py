@@ -12,7 +12,6 @@ import torch
 from tiny import build_network, compose_task, config, seen, tokenizer
 from tiny_rl import TinyPrompts, rl_config
 
-from openlance.config import RLConfig, TrainConfig
 from openlance.errors import InputError
 from openlance.infer.context import encode
 from openlance.model.names import part_of
@@ -23,6 +22,7 @@ from openlance.rl.words import Answers, Vocabulary
 from openlance.sequence.template import Task
 from openlance.train.losses import Objective
 from openlance.train.parallel import Ranks
+from openlance.train.settings import RLConfig, TrainConfig
 
 ENDS = frozenset({config().tokens.im_end, config().tokens.endoftext})
 VOCABULARY = Vocabulary(tokenizer().size, ENDS, tokenizer().decode)

@@ -20,12 +20,12 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from tiny import build_network, samples
 
-from openlance.config import RLConfig
 from openlance.rl.learn import HeldOut, train_rl
 from openlance.rl.rewards import Rewards
 from openlance.rl.rollout import Prompt
 from openlance.train.loop import Stopped
 from openlance.train.parallel import Ranks, join, leave
+from openlance.train.settings import RLConfig
 
 RUN: dict[str, Any] = {
     "steps": 2, "lanes": 2, "group": 4, "rollout_steps": 4, "window": 1, "time_shift": 2.0, "guidance": 2.0,

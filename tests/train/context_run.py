@@ -20,12 +20,12 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from tiny import build_network, clean, compose_task, config, noise, samples, seen, target
 
-from openlance.config import TrainConfig
 from openlance.model.attention import Pattern, Shared, flex_pattern
 from openlance.sequence.pack import PackedBatch, pack
 from openlance.sequence.template import Task
 from openlance.train.losses import Counts, Objective
 from openlance.train.parallel import Ranks, join, leave, pattern_of
+from openlance.train.settings import TrainConfig
 
 
 def batches() -> dict[str, PackedBatch]:

@@ -13,9 +13,9 @@ import torch
 from test_processes import ENVIRONMENT, assert_close, here, log_of, run
 from tiny import build_network
 
-from openlance.config import TrainConfig
 from openlance.errors import InputError
 from openlance.train.parallel import Ranks, join, spread
+from openlance.train.settings import TrainConfig
 
 SCRIPT = Path(__file__).parent / "context_run.py"
 ATOL = 1e-5  # float32, products of other shapes; gradients go up to about 1

@@ -11,7 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 from torch.utils.flop_counter import FlopCounterMode
 
-from openlance.config import TrainConfig, lance_3b
+from openlance.config import lance_3b
 from openlance.model.flops import Work, forward_flops, vae_encode_flops, vision_flops, work_of
 from openlance.model.lance import Lance
 from openlance.model.vision import Vision
@@ -20,6 +20,7 @@ from openlance.sequence.pack import pack
 from openlance.sequence.segment import Sample
 from openlance.train.flops import backward_flops, device_peak_flops, flops_per_step
 from openlance.train.losses import losses
+from openlance.train.settings import TrainConfig
 
 
 def dense(sample: Sample) -> Work:

@@ -13,7 +13,6 @@ from tiny import build_network, config, samples
 from tiny_run import RUN, TinyFeed
 from torch import Tensor
 
-from openlance.config import TrainConfig
 from openlance.errors import InputError
 from openlance.model.lance import Lance
 from openlance.sequence.pack import pack
@@ -21,6 +20,7 @@ from openlance.sequence.segment import Role, Sample
 from openlance.train.draw import draw_batch
 from openlance.train.loop import NonFiniteLoss, Validation, freeze, train
 from openlance.train.losses import losses
+from openlance.train.settings import TrainConfig
 from openlance.train.update import learning_rate
 
 

@@ -8,11 +8,11 @@ import pytest
 import torch
 from tiny import CHANNELS, build_network, config, network, noise, samples
 
-from openlance.config import TrainConfig
 from openlance.model.lance import Lance
 from openlance.sequence.pack import PackedBatch, pack
 from openlance.sequence.segment import Sample
 from openlance.train.losses import Losses, losses
+from openlance.train.settings import TrainConfig
 
 ATOL = 1e-5  # float32, other order of operations; measured worst case 1e-6
 RUN = TrainConfig(steps=1, ce_weight=0.25, mse_weight=2.0)

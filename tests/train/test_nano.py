@@ -13,7 +13,6 @@ from safetensors.torch import load_file, save_file
 from tiny import config as tiny_config
 from tiny import tokenizer
 
-from openlance.config import RLConfig
 from openlance.data.tasks import Row, View, to_sample
 from openlance.infer.pipeline import LancePipeline
 from openlance.model.checkpoint import save_pretrained
@@ -30,6 +29,7 @@ from openlance.train.nano import (
 from openlance.train.nano_data import KINDS, EncodedWorld, draw, stored
 from openlance.train.parallel import Ranks
 from openlance.train.presets import PRESETS, preset
+from openlance.train.settings import RLConfig
 from openlance.world import Scene, box, is_held_out, read_boxes, render
 from openlance.world.language import NUMBERS
 

@@ -11,7 +11,7 @@ from tiny import HIDDEN, build_network, config, noise
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from openlance.config import ModelConfig, TrainConfig, lance_3b, nano
+from openlance.config import ModelConfig, lance_3b, nano
 from openlance.errors import InputError
 from openlance.infer.memory import Peak
 from openlance.model.adapters import add_lora
@@ -31,6 +31,7 @@ from openlance.train.footprint import (
     vae_encode_bytes,
 )
 from openlance.train.plan import STAGES, Machine, job_of, layouts, make_plan, speed
+from openlance.train.settings import TrainConfig
 from openlance.train.update import Average, make_optimizers
 
 GIB = 2**30

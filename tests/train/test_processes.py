@@ -15,9 +15,9 @@ import torch
 from tiny import build_network
 from tiny_run import RUN, TinyFeed
 
-from openlance.config import TrainConfig
 from openlance.train.loop import train
 from openlance.train.parallel import leave
+from openlance.train.settings import TrainConfig
 
 SCRIPT = Path(__file__).parent / "tiny_run.py"
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}

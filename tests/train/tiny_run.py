@@ -23,10 +23,10 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from tiny import build_network, samples
 
-from openlance.config import TrainConfig
 from openlance.sequence.segment import Sample
 from openlance.train.loop import Stopped, train
 from openlance.train.parallel import Ranks, join, leave
+from openlance.train.settings import TrainConfig
 
 NAMES = list(samples())
 RUN: dict[str, Any] = {
