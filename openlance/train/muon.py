@@ -17,14 +17,21 @@ class Muon(torch.optim.Optimizer):
 
     A 3D convolution's weight is one matrix [out, in * h * w] for each time slice, and a slice without any
     gradient is left alone. like_adamw: updates as large as AdamW's are on average, 0.2 a weight times the
-    learning rate (Liu et al., 2025); else each singular value of an update is the learning rate. A parameter
-    that is spread over processes must be whole on each.
+    learning rate (Liu et al., 2025); else each singular value of an update is the learning rate. dtype: what
+    matrices are made orthogonal in. A parameter that is spread over processes must be whole on each.
     """
 
     def __init__(
-        self, params: Iterable[Tensor], lr: float = 0.02, momentum: float = 0.95, *, like_adamw: bool = False
+        self,
+        params: Iterable[Tensor],
+        lr: float = 0.02,
+        momentum: float = 0.95,
+        *,
+        like_adamw: bool = False,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__(params, {"lr": lr, "momentum": momentum, "like_adamw": like_adamw})
+        self.dtype = dtype
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -45,7 +52,8 @@ class Muon(torch.optim.Optimizer):
             for (rows, columns), pairs in alike.items():
                 scale = 0.04 * max(rows, columns) if group["like_adamw"] else max(1, rows / columns)
                 changes = torch.stack([change for _, change in pairs])
-                for (matrix, change), way in zip(pairs, orthogonal(changes), strict=True):
+                ways = orthogonal(changes.to(self.dtype)).to(changes.dtype)
+                for (matrix, change), way in zip(pairs, ways, strict=True):
                     if change.any():
                         matrix.sub_(way.view_as(matrix), alpha=group["lr"] * scale**0.5)
 

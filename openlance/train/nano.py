@@ -66,29 +66,27 @@ PRE_TRAINING: dict[str, float] = {
     Task.X2T_VIDEO: 0.01,
     Task.VIDEO_EDIT: 0.01,
 }
-# Everything that the world holds; clips wait for the last stage.
+# Everything that the world holds; what takes longest to learn has most.
 CONTINUAL: dict[str, float] = {
-    Task.T2I: 0.42,
-    Task.X2T_IMAGE: 0.12,
-    Task.IMAGE_EDIT: 0.22,
+    Task.T2I: 0.26,
+    "brief": 0.12,
+    Task.IMAGE_EDIT: 0.28,
     Task.SUBJECT_IMAGE: 0.02,
+    Task.X2T_IMAGE: 0.10,
     Task.X2T_VIDEO: 0.02,
-    "boxes": 0.06,
-    "written": 0.04,
-    "several": 0.04,
-    "turns": 0.06,
-}
-FINE_TUNING: dict[str, float] = {
-    **{task: 0.79 * share for task, share in CONTINUAL.items()},
-    Task.T2V: 0.06,
-    Task.I2V: 0.10,
-    Task.VIDEO_EDIT: 0.03,
-    "story": 0.02,
+    Task.T2V: 0.03,
+    Task.I2V: 0.04,
+    Task.VIDEO_EDIT: 0.01,
+    "boxes": 0.03,
+    "written": 0.02,
+    "several": 0.02,
+    "turns": 0.04,
+    "story": 0.01,
 }
 MIXTURES: dict[str, Mapping[str, float]] = {
     "pre-training": PRE_TRAINING,
     "continual training": CONTINUAL,
-    "fine-tuning": FINE_TUNING,
+    "fine-tuning": CONTINUAL,
 }
 HELD_OUT_TASKS = (Task.T2I, Task.IMAGE_EDIT, Task.X2T_IMAGE)
 HELD_OUT_PACKS = 2
@@ -103,7 +101,7 @@ class NanoRecipe:
     clip_minutes: float = 35.0
     decoder_minutes: float = 45.0
     vision_minutes: float = 9.0
-    items: tuple[int, ...] = (20_000, 4_000, 1_000, 600, 6_000, 3_000, 3_000, 400)
+    items: tuple[int, ...] = (40_000, 20_000, 1_000, 2_000, 2_000, 3_000, 3_000, 400, 12_000)
 
 
 @dataclass(frozen=True, eq=False)

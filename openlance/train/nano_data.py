@@ -44,6 +44,7 @@ from openlance.world import (
 )
 from openlance.world.language import at_place
 from openlance.world.scene import pick
+from openlance.world.tags import TAGS, show_tag
 
 SEED = 7
 HELD_OUT = 50
@@ -53,11 +54,24 @@ WRITTEN = WorldConfig(max_things=2, textures=TEXTURES, words=WORDS, text_share=0
 CLIPS = WorldConfig(max_things=2, motions=("left", "right", "up", "down", "grow", "shrink"))
 STORIES = replace(CLIPS, count_weights=(0.0, 1.0), times=("early", "late"))
 CLIP_KINDS = ("motion", "color", "shape", "count", "ground")
-IMAGE_KINDS = ("color", "color", "shape", "shape", "size", "place", "count", "relation", "exists", "ground")
+# Those that take longest to learn come twice.
+IMAGE_KINDS = (
+    "color",
+    "shape",
+    "size",
+    "place",
+    "count",
+    "relation",
+    "relation",
+    "exists",
+    "exists",
+    "ground",
+)
 WRITTEN_KINDS = ("text", "text", "lettering", "count", "row")
 
 Drawn = tuple[tuple[Scene, ...], tuple[str, ...]]
-"""Scenes, and the words that lead from each to the next where they follow one another."""
+"""Scenes, and the words that lead from each to the next where they follow one another, or to the one that is
+drawn of words alone."""
 
 
 @dataclass(frozen=True)
@@ -112,6 +126,12 @@ def _story(rng: np.random.Generator) -> Drawn:
             return scenes, words
 
 
+def _brief(rng: np.random.Generator) -> Drawn:
+    """What a short prompt may show; now and then the prompt says the ground too."""
+    words, scene = show_tag(pick(rng, TAGS), rng)
+    return (scene,), (f"{words} on {scene.ground}" if rng.random() < 0.3 else words,)
+
+
 CLIP = Kind("clip", 9, 2, _clip)
 KINDS = (
     Kind("image", 1, 1, _image),
@@ -122,6 +142,7 @@ KINDS = (
     Kind("several", 1, 3, _several),
     Kind("talk", 1, 3, _talk),
     Kind("story", 9, 2, _story),
+    Kind("brief", 1, 1, _brief),
 )
 
 
@@ -184,10 +205,10 @@ def draw(kind: Kind, index: int) -> Drawn:
 class EncodedWorld:
     """Rows drawn from encoded items.
 
-    mixture: weight of each task, and of each of the wide rows: "boxes" (where things are), "written" (words
-    in pictures: drawn, edited, read), "several" (questions about two or three pictures), "turns"
-    (conversations), "story" (clips of what comes first). held_out: only from the items that are kept from
-    training, one in `HELD_OUT`, the last of each kind; else from the others.
+    mixture: weight of each task, and of each of the wide rows: "brief" (pictures of short prompts), "boxes"
+    (where things are), "written" (words in pictures: drawn, edited, read), "several" (questions about two or
+    three pictures), "turns" (conversations), "story" (clips of what comes first). held_out: only from the
+    items that are kept from training, one in `HELD_OUT`, the last of each kind; else from the others.
     """
 
     def __init__(self, folder: Path, mixture: Mapping[str, float], *, held_out: bool = False):
@@ -200,6 +221,7 @@ class EncodedWorld:
             "several": self._several,
             "turns": self._turns,
             "story": self._story,
+            "brief": self._brief,
         }
         self.stored: dict[tuple[str, str], Tensor] = {}
         for kind in KINDS:
@@ -290,6 +312,10 @@ class EncodedWorld:
             )
         target = view_of[last.reply]
         return Row(name, Task.IMAGE_EDIT, last.words, sources=shown(last), target=target, history=history)
+
+    def _brief(self, rng: np.random.Generator, name: str) -> Row:
+        _, (view,), (words,) = self._item("brief", rng)
+        return Row(name, Task.T2I, words, target=view)
 
     def _story(self, rng: np.random.Generator, name: str) -> Row:
         (scene, _), (before, after), (words,) = self._item("story", rng)

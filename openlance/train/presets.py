@@ -58,17 +58,17 @@ def nano_pre_training() -> TrainConfig:
 
 
 def nano_continual_training() -> TrainConfig:
-    """All tasks but clips; layers compiled, their matrices by Muon."""
+    """All tasks; in bfloat16, and the layers' matrices by Muon."""
     return replace(
         nano_pre_training(),
-        steps=1_500, stage="continual training", tokens=2_100, optimizer="muon", compile=True,
-        learning_rate=1e-3, warmup=50, drop_text=0.05, drop_all=0.05,
+        steps=1_500, stage="continual training", tokens=4_200, optimizer="muon", precision="bfloat16",
+        warmup=50, ema=0.998, drop_text=0.05, drop_all=0.05,
     )  # fmt: skip
 
 
 def nano_fine_tuning() -> TrainConfig:
-    """All tasks, clips too, with a falling rate."""
-    return replace(nano_continual_training(), steps=1_000, stage="fine-tuning", schedule="cosine")
+    """All tasks, with a rate that falls to zero."""
+    return replace(nano_continual_training(), steps=1_000, stage="fine-tuning", schedule="linear", decay=1.0)
 
 
 def reinforcement() -> RLConfig:

@@ -36,7 +36,8 @@ def make_optimizers(
     found: list[torch.optim.Optimizer] = []
     if config.optimizer == "muon":
         matrices = [rest.pop(name) for name, p in parameters.items() if "layers." in name and p.dim() == 2]
-        found.append(Muon(matrices, config.learning_rate, like_adamw=True))
+        dtype = getattr(torch, config.precision)  # bfloat16 is enough, as Jordan's own has it
+        found.append(Muon(matrices, config.learning_rate, like_adamw=True, dtype=dtype))
     found.append(
         torch.optim.AdamW(
             list(rest.values()), config.learning_rate, config.betas, config.eps, weight_decay=0.0, fused=True

@@ -13,8 +13,8 @@ from openlance.eval.nano_bench import PARTS, WIDE_PARTS, Tally, run, table
 from openlance.infer.pipeline import LancePipeline
 from openlance.world import COLORS, PLACES, Claims, Scene, Thing, WorldConfig, check, render, sample_scene
 from openlance.world.language import relation
-from openlance.world.scene import is_clear
-from openlance.world.tags import TAGS, say_tag
+from openlance.world.scene import is_clear, is_held_out
+from openlance.world.tags import TAGS, say_tag, show_tag
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +81,16 @@ def test_the_judge_agrees_with_what_a_tag_says(tag: str) -> None:
         others += check(claims, render(sample_scene(rng, WorldConfig(max_things=1)), 96)).all
     assert right == 12
     assert others <= 6
+
+
+@pytest.mark.parametrize("tag", TAGS)
+def test_what_a_tag_is_taught_with_is_true(tag: str) -> None:
+    """The scene that nano learns a short prompt from is as the prompt says, and no pair of it is held out."""
+    for seed in range(12):
+        words, claims = say_tag(tag, np.random.default_rng(seed))
+        shown, scene = show_tag(tag, np.random.default_rng(seed))
+        assert shown == words and check(claims, render(scene, 96)).all
+        assert len(scene.things) == len(claims.things) and not is_held_out(scene)
 
 
 def drawn(claims: Claims, rng: np.random.Generator) -> Scene | None:

@@ -38,7 +38,7 @@ TINY = NanoRecipe(
     decoder_minutes=0.02,
     clip_minutes=0.02,
     vision_minutes=0.02,
-    items=(6, 3, 3, 2, 4, 4, 4, 2),
+    items=(6, 3, 3, 2, 4, 4, 4, 2, 4),
 )
 
 

@@ -109,12 +109,14 @@ def test_muon_makes_matrices_orthogonal():
     assert not torch.equal(module.weight[:, :, -1], before[:, :, -1])
 
 
-def test_muon_like_adamw_moves_each_weight_by_a_fifth_of_the_rate():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_muon_like_adamw_moves_each_weight_by_a_fifth_of_the_rate(dtype):
     """In the mean square, whatever the shape and the size of the gradient."""
     generator = torch.Generator().manual_seed(0)
     weights = [torch.nn.Parameter(torch.zeros(shape)) for shape in ((64, 64), (32, 96), (96, 32))]
     for weight in weights:
         weight.grad = torch.randn(weight.shape, generator=generator) * 1e-3
-    Muon(weights, lr=0.1, like_adamw=True).step()
+    Muon(weights, lr=0.1, like_adamw=True, dtype=dtype).step()
+    assert all(weight.dtype == torch.float32 for weight in weights)
     for weight in weights:
         assert weight.detach().square().mean().sqrt() == pytest.approx(0.02, rel=0.25)  # the quintic's band

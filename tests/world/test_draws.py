@@ -50,6 +50,7 @@ ENCODED = (
     "a24624bd1e0373e0",
     "f557a2acf3e40adb",
     "c5016a6f2e7fe258",
+    "e9c2122b94c33b46",
 )
 
 
