@@ -1,7 +1,7 @@
 """Reuse between steps: how much is skipped, what that gains, and what it costs.
 
     python benchmarks/step_cache.py --threads 1                       # nano, on what there is
-    python benchmarks/step_cache.py --reuse 0.1 0.2 --judged 0
+    python benchmarks/step_cache.py --reuse 0.1 0.2 --orders 0 1 --judged 0
 
 Skipped: share of all branch evaluations that ran the first layer only. Speed: time of denoising without reuse
 over that with it, in turns in one process, the medians' ratio. Differences are to the same steps without
@@ -14,6 +14,7 @@ import argparse
 import statistics
 import time
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,8 @@ def main() -> None:
     parser.add_argument("--pictures", type=int, default=8)
     parser.add_argument("--steps", type=int, help="default: the checkpoint's")
     parser.add_argument("--reuse", type=float, nargs="+", default=[0.05, 0.1, 0.15, 0.2, 0.3])
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--orders", type=int, nargs="+", default=[0, 1], help="of reuse")
+    parser.add_argument("--repeats", type=int, default=3, help="of the times; 0: none")
     parser.add_argument("--judged", type=int, default=20, help="pictures a part of nano-bench; 0: none")
     parser.add_argument("--out", type=Path, help="JSON file")
     args = parser.parse_args()
@@ -69,17 +71,19 @@ def main() -> None:
     seen, rows = pixels(lance, wanted), []
     unguided, _ = latents(lance, given, replace(base, guidance=1.0))
     print("no guidance", apart(lance, unguided, wanted, seen))
-    for reuse in [0.0, *args.reuse]:
-        config = replace(base, reuse=reuse)
-        row: dict[str, Any] = {"reuse": reuse}
+    for reuse, order in [(0.0, 0), *product(args.reuse, args.orders)]:
+        config = replace(base, reuse=reuse, reuse_order=order)
+        row: dict[str, Any] = {"reuse": reuse, "order": order}
         if reuse:
             found, work = latents(lance, given, config)
             assert work.reuse is not None
             ran, of = (sum(counts) for counts in zip(*work.reuse.runs, strict=True))
-            row |= {"skipped": 1 - ran / of, "speed": speed(lance, given[:2], config, args.repeats)}
+            row["skipped"] = 1 - ran / of
+            if args.repeats:
+                row["speed"] = speed(lance, given[:2], config, args.repeats)
             row |= apart(lance, found, wanted, seen)
         if args.judged:
-            row |= judged(lance, args.judged, steps=base.steps, reuse=reuse)
+            row |= judged(lance, args.judged, steps=base.steps, reuse=reuse, reuse_order=order)
         rows.append(row)
         print(row, flush=True)
     machine = about(lance.model.device)

@@ -117,6 +117,8 @@ class SpecialTokens:
 
 SolverName = Literal["euler", "ab2", "dpm++2m", "unipc"]
 SOLVERS: tuple[str, ...] = get_args(SolverName)
+ReuseOrder = Literal[0, 1]
+REUSE_ORDERS: tuple[int, ...] = get_args(ReuseOrder)
 
 
 @dataclass(frozen=True)
@@ -137,6 +139,7 @@ class SamplingConfig:
         global renormalisation counts the fixed frames of image-to-video.
     reuse: where the first layer's work changed by less than this share since the last whole evaluation, take
         the other layers' from there; 0 is off, and exact.
+    reuse_order: 0 takes it as it was; 1 leads it on in time, along the last two whole evaluations.
     """
 
     steps: int = 30
@@ -150,6 +153,7 @@ class SamplingConfig:
     sample_posterior: bool = False
     released_cached_sampler: bool = False
     reuse: float = 0.0
+    reuse_order: int = 0
 
     def __post_init__(self) -> None:
         if self.steps < 1:
@@ -169,6 +173,8 @@ class SamplingConfig:
             raise InputError(f"renorm_min must lie in [0, 1], not {self.renorm_min}")
         if not (math.isfinite(self.reuse) and self.reuse >= 0):
             raise InputError(f"reuse must be 0 (off) or more, not {self.reuse}")
+        if self.reuse_order not in REUSE_ORDERS:
+            raise InputError(f"reuse_order must be 0 or 1, not {self.reuse_order}")
 
 
 @dataclass(frozen=True)

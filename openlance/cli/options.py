@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import tyro
 
-from openlance.config import SamplingConfig, SolverName, TextConfig
+from openlance.config import ReuseOrder, SamplingConfig, SolverName, TextConfig
 from openlance.errors import InputError
 
 if TYPE_CHECKING:
@@ -118,6 +118,8 @@ class SamplingOptions:
     """A second scale, for the picture or clip that is shown (edit, subject)."""
     reuse: Maybe[float] = None
     """Skip layers of a step where the first one's work changed by less than this share; 0 is off."""
+    reuse_order: Maybe[ReuseOrder] = None
+    """What is skipped is taken as it was (0), or led on in time (1)."""
 
     def settings(self, like: Settings) -> dict[str, Any]:
         """Arguments for the pipeline: those of `like`, and over them what was given. Raises InputError."""

@@ -183,7 +183,7 @@ class Denoising:
         self.space = Workspace(caches, [len(branch.segment) for branch in self.branches])
         self.start = torch.cat([target.start() for target in targets]).to(model.device)
         self.running = list(range(len(targets)))
-        self.reuse = StepCache(config.reuse) if config.reuse else None
+        self.reuse = StepCache(config.reuse, config.reuse_order) if config.reuse else None
         self._rows = torch.arange(len(self.start)).split([target.segment.inner for target in targets])
         free = [torch.nonzero(~target.segment.fixed_tokens()).flatten() for target in targets]
         self._free = [moving.to(model.device) for moving in free]
@@ -210,7 +210,7 @@ class Denoising:
         """Guided, of the state's shape; 0 where nothing moves."""
         velocity = torch.zeros_like(state)
         now = self._pass(guided_now(self.config, t))
-        through = Stack.run if self.reuse is None else partial(self.reuse.through, now=now)
+        through = Stack.run if self.reuse is None else partial(self.reuse.through, now=now, t=t)
         for number, found in now.velocities(state, t, through).items():
             free = self._free[number]
             whole = len(found) > 1 and self.config.released_cached_sampler

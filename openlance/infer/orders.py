@@ -58,6 +58,7 @@ class Choices(TypedDict, total=False):
     sample_posterior: bool
     released_cached_sampler: bool
     reuse: float
+    reuse_order: int
 
 
 class TextOptions(TypedDict, total=False):

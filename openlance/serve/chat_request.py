@@ -185,6 +185,7 @@ class PictureSettings(Strict):
     renorm_min: Annotated[float | None, Field(ge=0, le=1)] = None
     visual_guidance: Annotated[float | None, Field(ge=-1000, le=1000)] = None
     reuse: Annotated[float | None, Field(ge=0, le=1000)] = None
+    reuse_order: Annotated[int | None, Field(ge=0, le=1)] = None
     negative_prompt: Words | None = None
     size: Annotated[str | None, Field(pattern=r"^([0-9]{1,5}x[0-9]{1,5}|auto)$")] = None
     """WIDTHxHEIGHT in pixels, as OpenAI writes it; of an edit, the picture that is edited decides."""
