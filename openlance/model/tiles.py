@@ -8,11 +8,13 @@ picture, the attention in the middle, always runs on the whole; it is small ther
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice, pairwise
+from itertools import islice, pairwise, product
 
 import torch
+import torch.distributed as dist
 from diffusers import AutoencoderKLWan
 from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d
 from torch import Tensor, nn
@@ -31,16 +33,23 @@ class Tiles:
     side: rows and columns of a tile at most, in latent cells, without its margin; None is the whole picture.
     margin: cells that a tile is given on each side; None is as wide as the stages reach, which is exact. A
         narrower one is faster, and leaves seams.
+    group: processes that share the tiles; each must be given the same. Where `side` makes fewer tiles than
+        they are, the picture is cut on, as far as that leaves each of them less to do.
     """
 
     side: int | None = None
     margin: int | None = None
+    group: dist.ProcessGroup | None = None
 
     def __post_init__(self) -> None:
         if self.side is not None and self.side < 1:
             raise InputError(f"the side of a tile must be at least 1 latent cell, not {self.side}")
         if self.margin is not None and self.margin < 0:
             raise InputError(f"the margin of a tile must be 0 or more latent cells, not {self.margin}")
+
+    @property
+    def processes(self) -> int:
+        return 1 if self.group is None else self.group.size()
 
 
 @dataclass(frozen=True)
@@ -65,13 +74,40 @@ class Cut:
         return slice((self.start - self.low) * scale, (self.end - self.low) * scale)
 
 
-def cuts(cells: int, side: int | None, margin: int) -> list[Cut]:
-    """An axis in pieces of at most `side` cells, as equal as can be."""
-    count = 1 if side is None else -(-cells // side)
+Tile = tuple[Cut, Cut]
+"""Its rows and its columns."""
+
+
+def cuts(cells: int, count: int, margin: int) -> list[Cut]:
+    """An axis in so many pieces, as equal as can be."""
     borders = [cells * number // count for number in range(count + 1)]
     return [
         Cut(start, end, max(0, start - margin), min(cells, end + margin)) for start, end in pairwise(borders)
     ]
+
+
+def grid_of(cells: Sequence[int], side: int | None, margin: int, processes: int = 1) -> list[Tile]:
+    """The tiles of a picture of so many rows and columns of latent cells, see `Tiles`."""
+    counts = [1 if side is None else -(-count // side) for count in cells]
+
+    def cut(rows: int, columns: int) -> list[Tile]:
+        return list(product(cuts(cells[0], rows, margin), cuts(cells[1], columns, margin)))
+
+    if math.prod(counts) >= processes:
+        return cut(*counts)
+    finer = (range(least, min(most, processes) + 1) for least, most in zip(counts, cells, strict=True))
+    grids = [cut(*both) for both in product(*finer) if math.prod(both) <= processes]
+    return min(grids, key=lambda grid: (max(map(_given, grid)), len(grid)))
+
+
+def _given(tile: Tile) -> int:
+    """Cells that a tile is given, its margins included."""
+    return math.prod(cut.high - cut.low for cut in tile)
+
+
+def own_tiles(grid: list[Tile], group: dist.ProcessGroup | None) -> list[Tile]:
+    """Those of this process: every n-th of n processes. One that would have none does what another does."""
+    return grid if group is None else grid[group.rank() % len(grid) :: group.size()]
 
 
 def decoder_reach(config: VAEConfig) -> int:
@@ -105,9 +141,10 @@ def decode(net: AutoencoderKLWan, latents: Tensor, config: VAEConfig, tiles: Til
     conv_in, first_up = _Conv(decoder.conv_in), _Blocks(decoder.up_blocks[0], more)
     middle = _Blocks(decoder.mid_block, more)
     margin = decoder_reach(config) if tiles.margin is None else tiles.margin
-    grid = _grid(latents, tiles.side, margin)
+    grid = grid_of(latents.shape[-2:], tiles.side, margin, tiles.processes)
+    own = own_tiles(grid, tiles.group)
     tails: list[list[Stage]] = [
-        [*(_Blocks(up, more) for up in decoder.up_blocks[1:]), _Head(decoder)] for _ in grid
+        [*(_Blocks(up, more) for up in decoder.up_blocks[1:]), _Head(decoder)] for _ in own
     ]
     scale = 2 ** (len(decoder.up_blocks) - 1)
     for number, frame in enumerate(latents.split(1, dim=2)):
@@ -115,9 +152,9 @@ def decode(net: AutoencoderKLWan, latents: Tensor, config: VAEConfig, tiles: Til
         wide = first_up(middle(conv_in(frame)), **first)
         pieces = (
             _flow(wide[..., rows.given(2), columns.given(2)], [(stage, 1) for stage in tail], first)
-            for tail, (rows, columns) in zip(tails, grid, strict=True)
+            for tail, (rows, columns) in zip(tails, own, strict=True)
         )
-        yield _joined(pieces, grid, scale, latents.shape[-2:])
+        yield _joined(pieces, grid, scale, tiles.group)
 
 
 def encode(
@@ -133,23 +170,26 @@ def encode(
         _Blocks(last, more), _Blocks(encoder.mid_block, more), _Head(encoder)
     ]  # fmt: skip
     sizes = [2 if halves else 1 for halves in config.temporal_downsample]
-    grid: list[tuple[Cut, Cut]] = []
+    grid: list[Tile] = []
+    own: list[Tile] = []
     heads: list[list[tuple[Stage, int]]] = []
     for chunk in chunks:
         if not grid:
-            grid = _grid(chunk[..., ::scale, ::scale], tiles.side, margin)
+            cells = [length // scale for length in chunk.shape[-2:]]
+            grid = grid_of(cells, tiles.side, margin, tiles.processes)
+            own = own_tiles(grid, tiles.group)
             heads = [
                 [
                     (_Conv(encoder.conv_in), 1),
                     *((_Blocks(down, more), size) for down, size in zip(downs, sizes, strict=True)),
                 ]
-                for _ in grid
+                for _ in own
             ]
         pieces = (
             _flow(chunk[..., rows.given(scale), columns.given(scale)], head, {})
-            for head, (rows, columns) in zip(heads, grid, strict=True)
+            for head, (rows, columns) in zip(heads, own, strict=True)
         )
-        small = _joined(pieces, grid, 1, (chunk.shape[-2] // scale, chunk.shape[-1] // scale))
+        small = _joined(pieces, grid, 1, tiles.group)
         for stage in whole:
             small = stage(small)
         yield small
@@ -204,22 +244,22 @@ def _through(stage: Stage, frames: Iterator[Tensor], size: int, first: dict[str,
         yield from stage(group[0] if len(group) == 1 else torch.cat(group, dim=2), **first).split(1, dim=2)
 
 
-def _grid(like: Tensor, side: int | None, margin: int) -> list[tuple[Cut, Cut]]:
-    """The tiles of a picture [..., H, W], by rows and columns of latent cells."""
-    rows, columns = (cuts(cells, side, margin) for cells in like.shape[-2:])
-    return [(row, column) for row in rows for column in columns]
-
-
 def _joined(
-    pieces: Iterator[Tensor], grid: list[tuple[Cut, Cut]], scale: int, cells: torch.Size | tuple[int, int]
+    pieces: Iterator[Tensor], grid: list[Tile], scale: int, group: dist.ProcessGroup | None
 ) -> Tensor:
-    """The tiles' own cells side by side."""
+    """The tiles' own cells side by side; pieces: those of this process, with their margins."""
     if len(grid) == 1:
         return next(pieces)
+    height, width = (cut.end * scale for cut in grid[-1])
     canvas: Tensor | None = None
-    for piece, (rows, columns) in zip(pieces, grid, strict=True):
+    for piece, (rows, columns) in zip(pieces, own_tiles(grid, group), strict=True):
         if canvas is None:
-            canvas = piece.new_empty(*piece.shape[:3], cells[0] * scale, cells[1] * scale)
+            canvas = piece.new_empty(*piece.shape[:3], height, width)
         canvas[..., rows.own(scale), columns.own(scale)] = piece[..., rows.kept(scale), columns.kept(scale)]
     assert canvas is not None
+    if group is not None:
+        for number, (rows, columns) in enumerate(grid):
+            part = canvas[..., rows.own(scale), columns.own(scale)].contiguous()
+            dist.broadcast(part, group=group, group_src=number % group.size())
+            canvas[..., rows.own(scale), columns.own(scale)] = part
     return canvas

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
@@ -9,7 +15,7 @@ from torch import Tensor
 from openlance.config import VAEConfig
 from openlance.errors import InputError
 from openlance.infer.memory import META, Peak
-from openlance.model.tiles import Tiles, cuts, decoder_reach, encoder_reach
+from openlance.model.tiles import Tiles, decoder_reach, encoder_reach, grid_of
 from openlance.model.vae import VAE
 
 ATOL = 2e-5  # float32, convolutions over other shapes; measured worst case 3e-6
@@ -64,6 +70,34 @@ def test_pieces_give_what_the_whole_gives(
         torch.testing.assert_close(tiled, whole, atol=ATOL, rtol=0)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [2, 3])
+def test_processes_share_the_tiles_and_each_gets_the_whole(tmp_path: Path, processes: int) -> None:
+    """Bit for bit what one process makes of the same tiles, for little more than its share of the work."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    done = subprocess.run(
+        [sys.executable, *launcher, str(Path(__file__).parent / "tiles_run.py"), str(tmp_path)],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
+        capture_output=True, text=True, timeout=280, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    for rank in range(processes):
+        found = json.loads((tmp_path / f"{rank}.json").read_text())
+        assert len(found) == 5 and all(case["same"] for case in found.values())
+        assert all(case["share"] < 0.6 for name, case in found.items() if name != "too small to cut")
+
+
+def test_a_picture_is_cut_on_only_where_that_is_less_work_for_each() -> None:
+    def most(side: int, processes: int) -> tuple[int, int]:
+        """Tiles of a square, and cells of the largest with its margins."""
+        grid = grid_of((side, side), None, 6, processes)
+        return len(grid), max((r.high - r.low) * (c.high - c.low) for r, c in grid)
+
+    assert [most(48, processes) for processes in (1, 2, 8)] == [(1, 48 * 48), (2, 48 * 30), (8, 24 * 30)]
+    assert most(6, 8) == (1, 36)
+    assert len(grid_of((48, 48), 16, 6, processes=8)) == 9  # enough of them already
+
+
 def test_a_narrow_margin_leaves_seams_near_the_border_only() -> None:
     vae, (pixels, latents) = make(ONE_BLOCK), given(1, 1, 16)
     *_, (whole, tiled) = both(vae, Tiles(side=8, margin=1), pixels, latents)
@@ -111,9 +145,9 @@ def test_a_clip_of_480_by_848_decodes_in_less_than_6_gb(released: VAE) -> None:
 
 def test_tiles_cover_an_axis_once() -> None:
     for cells, side in ((30, 16), (5, 1), (7, None), (64, 64)):
-        found = cuts(cells, side, 3)
+        found = [row for row, _ in grid_of((cells, 1), side, 3)]
         assert [cell for cut in found for cell in range(cut.start, cut.end)] == list(range(cells))
-        assert side is None or all(cut.end - cut.start <= side for cut in found)
+        assert all(cut.end - cut.start <= (side or cells) for cut in found)
         assert all(cut.low == max(0, cut.start - 3) and cut.high == min(cells, cut.end + 3) for cut in found)
 
 
