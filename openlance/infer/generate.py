@@ -242,7 +242,12 @@ def denoise_together(
     Each gives what it gives alone, up to the rounding of sums. `on_step` is called after each step for each
     target; where it returns False, that target alone is dropped, and its result is a `Cancelled`.
     """
-    work = Denoising(model, targets, config)
+    return walk(Denoising(model, targets, config), on_step)
+
+
+def walk(work: Denoising, on_step: OnStep | None) -> list[Tensor | Cancelled]:
+    """All the way from noise, as `denoise_together`."""
+    config = work.config
     cancelled: dict[int, Cancelled] = {}
     states = SOLVERS[config.solver](work.velocity, work.start, time_grid(config.steps, config.shift))
     for number, state in enumerate(states, start=1):
