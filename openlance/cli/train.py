@@ -73,7 +73,8 @@ class RunOptions:
     threads: int = 1
     """CPU threads of each process."""
     parts: Path = Path("runs/nano-parts")
-    """The frozen parts and the encoded world of the nano presets, made when they are not there."""
+    """The frozen parts and the encoded world of the nano presets, made when they are not there; with --init,
+    the parts are those of that model."""
 
 
 class Values(TrainConfig):
@@ -179,16 +180,16 @@ def stopping(run_dir: Path, ranks: Ranks) -> Iterator[None]:
 
 def _nano_job(config: TrainConfig, options: RunOptions, ranks: Ranks) -> Job:
     """The bundled model on the world of shapes."""
+    from openlance.model.checkpoint import find_release
     from openlance.train.nano import make_parts
 
-    parts: NanoParts | None = make_parts(options.parts, threads=options.threads) if ranks.main else None
+    release = None if options.init is None else find_release(options.init, options.variant)
+    parts: NanoParts | None = None
+    if ranks.main:
+        parts = make_parts(options.parts, threads=options.threads, release=release)
     ranks.total([0.0])  # the others wait until all is there
     parts = parts or make_parts(options.parts)
-    model = parts.new_model(config.seed)
-    if options.init is not None:
-        from openlance.model.checkpoint import find_release
-
-        model = _trainable(find_release(options.init, options.variant), parts.config, "cpu")
+    model = parts.new_model(config.seed) if release is None else _trainable(release, parts.config, "cpu")
     held_out: Mapping[str, Any] = parts.held_out(config) if config.validate_every else {}
     return Job(model, parts.config, parts.tokenizer, parts.vae, parts.feed(config, ranks), held_out)
 

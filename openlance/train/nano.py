@@ -6,38 +6,46 @@ alone when it is there; the stages themselves are presets of `openlance.train.pr
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
 import torch
-from safetensors.torch import load_file
-from torch import nn
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 
 from openlance.config import ModelConfig, nano
+from openlance.errors import InputError
+from openlance.model.checkpoint import Release, load_model, load_vae, read_config
 from openlance.model.lance import Lance
 from openlance.model.vae import VAE
 from openlance.model.vision import Vision
 from openlance.sequence.template import Task
 from openlance.tokenizer import Tokenizer, train_tokenizer
 from openlance.train.nano_data import (
-    CLIP,
     KINDS,
     EncodedWorld,
     WorldFeed,
     WorldPack,
     encode_features,
     encode_latents,
-    stored,
 )
-from openlance.train.nano_vae import read_vae_config, train_clips, train_decoder, train_vae
+from openlance.train.nano_vae import (
+    read_vae_config,
+    train_clips,
+    train_decoder,
+    train_vae,
+    write_vae_config,
+)
 from openlance.train.nano_vision import train_vision
 from openlance.train.parallel import Ranks
 from openlance.train.settings import TrainConfig
 from openlance.world import vocabulary_texts
 
 M = TypeVar("M", bound=nn.Module)
+VISION, VAE_WEIGHTS = "vision.safetensors", "vae.safetensors"
 
 # Short, since every token costs time where two CPU cores are all there is.
 SYSTEM_PROMPTS: dict[str, str] = {
@@ -142,27 +150,66 @@ class NanoParts:
         return WorldFeed(world, encode, self.config, config.lanes, config.tokens, ranks, config.seed)
 
 
-def make_parts(folder: Path, recipe: NanoRecipe | None = None, *, threads: int = 1) -> NanoParts:
-    """Train and encode what is not there yet, or go on with it; then load it all."""
+def make_parts(
+    folder: Path,
+    recipe: NanoRecipe | None = None,
+    *,
+    threads: int = 1,
+    release: Release | None = None,
+) -> NanoParts:
+    """Train and encode what is not there yet, or go on with it; then load it all.
+
+    release: a model that goes on learning, whose tokenizer, ViT and VAE are taken instead of new ones.
+    Raises InputError where those in the folder are others.
+    """
     recipe = NanoRecipe() if recipe is None else recipe
     torch.set_num_threads(threads)
     folder.mkdir(parents=True, exist_ok=True)
+    if release is not None:
+        _take_parts(release, folder)
     tokenizer = nano_tokenizer(folder / "tokenizer")
     config = replace(nano(), tokens=tokenizer.special, system_prompts=SYSTEM_PROMPTS)
-    if not (folder / "vision.safetensors").exists():
+    if not (folder / VISION).exists():
         train_vision(folder, recipe.vision_minutes, threads=threads)
-    vision = _frozen(Vision(config.vision), folder / "vision.safetensors")
-    if not (folder / "vae.safetensors").exists():
-        train_vae(folder, recipe.vae_minutes, threads=threads)
-    if not stored(folder, CLIP, "latents").exists():
-        train_clips(folder, recipe.clip_minutes, threads=threads)
-        train_decoder(folder, recipe.decoder_minutes, threads=threads)
+    vision = _frozen(Vision(config.vision), folder / VISION)
+    if not (folder / VAE_WEIGHTS).exists():
+        draft = folder / "vae"
+        train_vae(draft, recipe.vae_minutes, threads=threads)
+        train_clips(draft, recipe.clip_minutes, threads=threads)
+        train_decoder(draft, recipe.decoder_minutes, threads=threads)
+        for name in ("vae.json", VAE_WEIGHTS):  # the weights come last: they say that all is done
+            os.replace(draft / name, folder / name)
     config = replace(config, vae=read_vae_config(folder))
-    vae = _frozen(VAE(config.vae), folder / "vae.safetensors")
+    vae = _frozen(VAE(config.vae), folder / VAE_WEIGHTS)
     for kind, count in zip(KINDS, recipe.items, strict=True):
         encode_features(kind, count, vision, config, folder)
         encode_latents(kind, count, vae, config, folder)
     return NanoParts(folder, config, tokenizer, vision, vae)
+
+
+def _take_parts(release: Release, folder: Path) -> None:
+    """The frozen parts of a model, as `make_parts` would have left them."""
+    tokenizer = Tokenizer.load(release.folder)
+    config = read_config(release, tokenizer)
+    model, vae = load_model(release, config, parts={"und", "vision"}), load_vae(release, config)
+    for name, part in ((VISION, model.vision), (VAE_WEIGHTS, vae)):
+        state = {key: value.contiguous() for key, value in part.state_dict().items()}
+        if not (folder / name).exists():
+            write_vae_config(config.vae, folder)
+            save_file(state, folder / name)
+        elif not _same(state, load_file(folder / name)):
+            raise InputError(
+                f"{folder / name}: is not of {release.root}: give another folder, with --parts, or remove it"
+            )
+    (folder / "tokenizer").mkdir(exist_ok=True)
+    tokenizer.save(folder / "tokenizer")
+
+
+def _same(some: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> bool:
+    """Whether these are the same weights, up to the bfloat16 that models are saved in."""
+    return some.keys() == others.keys() and all(
+        torch.equal(value.bfloat16(), others[name].bfloat16()) for name, value in some.items()
+    )
 
 
 def _frozen(module: M, file: Path) -> M:

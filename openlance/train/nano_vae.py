@@ -264,6 +264,12 @@ def read_vae_config(run_dir: Path) -> VAEConfig:
     return VAEConfig(**values)
 
 
+def write_vae_config(config: VAEConfig, run_dir: Path, **measured: Any) -> None:
+    """Write `run_dir/vae.json`: the configuration, and what was measured."""
+    result = {"config": dataclasses.asdict(config), **measured}
+    (run_dir / "vae.json").write_text(json.dumps(result, indent=1))
+
+
 @torch.no_grad()
 def finish(vae: VAE, config: VAEConfig, run_dir: Path, run: TimedRun) -> dict:
     """Measure reconstruction, and write weights, configuration and measurements."""
@@ -272,14 +278,14 @@ def finish(vae: VAE, config: VAEConfig, run_dir: Path, run: TimedRun) -> dict:
     psnr["clip"] = _psnr(vae, MOVING, 9, 6)
     state = {name: value.contiguous() for name, value in vae.state_dict().items()}
     save_file(state, run_dir / "vae.safetensors")
-    result = {
-        "config": dataclasses.asdict(config),
-        "parameters": sum(p.numel() for p in vae.parameters()),
-        "psnr": {name: round(value, 2) for name, value in psnr.items()},
-        "steps": run.step,
-        "minutes": round(run.seconds / 60, 1),
-    }
-    (run_dir / "vae.json").write_text(json.dumps(result, indent=1))
+    write_vae_config(
+        config,
+        run_dir,
+        parameters=sum(p.numel() for p in vae.parameters()),
+        psnr={name: round(value, 2) for name, value in psnr.items()},
+        steps=run.step,
+        minutes=round(run.seconds / 60, 1),
+    )
     return json.loads((run_dir / "vae.json").read_text())
 
 

@@ -14,8 +14,9 @@ from tiny import config as tiny_config
 from tiny import tokenizer
 
 from openlance.data.tasks import Row, View, to_sample
+from openlance.errors import InputError
 from openlance.infer.pipeline import LancePipeline
-from openlance.model.checkpoint import save_pretrained
+from openlance.model.checkpoint import find_release, save_pretrained
 from openlance.sequence.segment import Kind, Role
 from openlance.sequence.template import Task
 from openlance.train.loop import Validation, train
@@ -62,6 +63,23 @@ def test_every_stage_runs_and_the_last_draws_and_answers(parts: NanoParts, tmp_p
     pipeline = LancePipeline.from_pretrained(tmp_path / "out")
     assert pipeline.generate_image("a red circle", steps=2, seed=0).frames.shape == (1, 96, 96, 3)
     assert isinstance(pipeline.ask("what shape is red?", render(draw(KINDS[0], 0)[0][0], 96)).text, str)
+
+
+def test_a_model_that_goes_on_learning_keeps_its_own_parts(tmp_path: Path) -> None:
+    """The bundled one's, without a minute of training; parts of another model are refused."""
+    release = find_release("nano", None)
+    taken = make_parts(tmp_path, NanoRecipe(items=(2, 2, 1, 1, 1, 1, 1, 1, 1)), release=release)
+    bundled = LancePipeline.from_pretrained("nano")
+    assert replace(taken.config, sampling=bundled.config.sampling) == bundled.config
+    for mine, its in ((taken.vision, bundled.model.vision), (taken.vae, bundled.vae)):
+        assert its is not None
+        assert all(torch.equal(value, its.state_dict()[name]) for name, value in mine.state_dict().items())
+    assert taken.tokenizer.encode("a red circle") == bundled.tokenizer.encode("a red circle")
+    make_parts(tmp_path, NanoRecipe(items=(2, 2, 1, 1, 1, 1, 1, 1, 1)), release=release)  # the same again
+    state = load_file(tmp_path / "vae.safetensors")
+    save_file({name: value + 1 for name, value in state.items()}, tmp_path / "vae.safetensors")
+    with pytest.raises(InputError, match=r"vae\.safetensors: is not of .*--parts"):
+        make_parts(tmp_path, release=release)
 
 
 @pytest.mark.slow
@@ -199,6 +217,15 @@ def test_a_story_says_what_comes_first(encoded: Path) -> None:
             assert row.answer in (first.shape, f"{first.color} {first.shape}")
 
 
+def test_a_short_prompt_is_drawn_as_its_scene_has_it(encoded: Path) -> None:
+    for row in rows_of(encoded, "brief"):
+        assert row.task is Task.T2I and row.target is not None
+        (scene, _), words = scenes_of("brief", number(row.target)), row.prompt
+        assert words.startswith(("a ", "an ", "two ", "three ", "four "))
+        assert " on " not in words or words.endswith(f" on {scene.ground}")
+        assert all(thing.shape in words for thing in scene.things)
+
+
 def test_the_last_mixture_has_everything(encoded: Path) -> None:
     assert np.isclose(sum(MIXTURES["fine-tuning"].values()), 1.0)
     assert all(set(mixture) <= set(MIXTURES["fine-tuning"]) for mixture in MIXTURES.values())
@@ -217,7 +244,7 @@ def test_items_are_fixed_and_never_held_out(kind) -> None:  # type: ignore[no-un
 
 
 def test_all_stages_together_have_every_task_that_nano_learns() -> None:
-    wide = {"boxes", "written", "several", "turns", "story"}
+    wide = {"brief", "boxes", "written", "several", "turns", "story"}
     assert set(MIXTURES["fine-tuning"]) == set(Task) - {Task.CHAT, Task.SUBJECT_VIDEO} | wide
 
 
