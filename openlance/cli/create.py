@@ -173,7 +173,7 @@ class Request:
             own["size"] = tuple(self.like["size"])
         if own.get("frames", ...) is None:
             own["frames"] = self.like.get("frames")
-        largest = {name: own.get(name) for name in ("size", "frames")}
+        largest = {name: own.get(name) for name in ("size", "frames")} | self.settings
         pipeline = self.load.pipeline(self.tasks, self.like, largest)
         order = method(pipeline.order)
         orders = [order(prompt=self.prompt, seed=seed, **own, **self.settings) for seed in seeds]

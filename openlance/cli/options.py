@@ -67,7 +67,7 @@ class LoadOptions:
         self, tasks: Iterable[str], like: Settings | None = None, largest: Settings | None = None
     ) -> LancePipeline:
         """The model with what these tasks need; `like`: settings of an output, where no option says other;
-        `largest`: size and frames of what is asked for, for the memory plan."""
+        `largest`: size, frames and sampling of what is asked for, for the memory plan."""
         import torch
 
         from openlance.infer.pipeline import LancePipeline

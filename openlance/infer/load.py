@@ -64,14 +64,16 @@ def load(
 
 
 def _asked(config: ModelConfig, largest: Mapping[str, Any]) -> ModelConfig:
-    """The configuration as if requests had this size and so many frames by default, where they are given."""
+    """The configuration as if requests had this size, so many frames and this reuse by default, where they
+    are given."""
     sizes: dict[str, Any] = {}
     if largest.get("size") is not None:  # what cannot be is refused when it is ordered
         side = math.ceil(math.prod(largest["size"]) ** 0.5)
         sizes = {"image": side, "video": side}
     if (largest.get("frames") or 0) > 0:
         sizes["frames"] = largest["frames"]
-    return replace(config, sizes=override(config.sizes, sizes))
+    sampling = {name: largest[name] for name in ("reuse", "reuse_order") if largest.get(name) is not None}
+    return replace(config, sizes=override(config.sizes, sizes), sampling=override(config.sampling, sampling))
 
 
 def _weights(release: Release, parts: frozenset[str]) -> list[Path]:

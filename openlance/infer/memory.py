@@ -24,6 +24,7 @@ from openlance.data.buckets import VIT_DIVISOR, Buckets
 from openlance.infer.context import Context, encode
 from openlance.infer.generate import Denoising, Target
 from openlance.infer.orders import PARTS_OF
+from openlance.infer.step_cache import Key, StepCache
 from openlance.model.cache import Workspace
 from openlance.model.checkpoint import count_parameters
 from openlance.model.lance import Lance
@@ -38,6 +39,7 @@ MEASURED = torch.float32  # what runs on meta; other dtypes are reckoned from it
 DEPTHS = (2, 3)  # layers of the networks that are run
 PROMPT = "word " * 64
 MANY_WORDS = 10_000  # tokens of a vocabulary that has a token for four letters, in the mean
+TIMES = (1.0, 0.75, 0.5)  # of steps: the first keeps states, the second their slopes, the third has both
 CHUNKS = 3  # latent frames that the VAE is run on: its later ones need what the third one does
 
 
@@ -88,7 +90,8 @@ class Estimator:
         self._network = cache(self._run_network)
 
     def need(self, task: Task, dtype: torch.dtype, tiles: Tiles | None = None) -> Need:
-        """Of one request: one picture or clip looked at where the task has one, guidance on.
+        """Of one request: one picture or clip looked at where the task has one, guidance on, and reuse
+        between steps where the configuration's sampling has it.
 
         tiles: how the VAE runs.
         """
@@ -271,11 +274,26 @@ def _begin(model: Lance, sample: Sample, _: None) -> Denoising:
     grid = sample[-1].grid
     assert grid is not None
     noise = torch.empty(*grid, model.config.vae.channels, device=META)
-    return Denoising(model, [Target(sample, noise)], SamplingConfig(guidance_interval=(0.0, 1.0)))
+    own = model.config.sampling
+    settings = SamplingConfig(guidance_interval=(0.0, 1.0), reuse=own.reuse, reuse_order=own.reuse_order)
+    work = Denoising(model, [Target(sample, noise)], settings)
+    if work.reuse is not None:
+        work.reuse = Whole(own.reuse, own.reuse_order)
+    return work
 
 
 def _step(model: Lance, sample: Sample, work: Denoising) -> Any:
-    return work, work.velocity(work.start, 1.0)
+    """A step; where there is reuse, as many as it takes until all is kept that will be, and one more."""
+    for t in TIMES[: 1 if work.reuse is None else None]:
+        velocity = work.velocity(work.start, t)
+    return work, velocity
+
+
+class Whole(StepCache):
+    """Reuse that runs every branch whole: it keeps what reuse keeps, and reads nothing from the device."""
+
+    def _fresh(self, added: dict[Key, Tensor]) -> set[int]:
+        return {number for number, _ in added}
 
 
 def _listen(model: Lance, sample: Sample, _: None) -> tuple[Context, Workspace]:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import pytest
 import torch
-from tiny import config, network, question, seen, vae
+from tiny import CHANNELS, HIDDEN, config, network, noise, question, seen, vae
 
-from openlance.config import lance_3b
+from openlance.config import SamplingConfig, lance_3b
 from openlance.infer.context import encode
-from openlance.infer.memory import Estimator, Peak
+from openlance.infer.generate import Denoising, Target
+from openlance.infer.memory import Estimator, Peak, _sample
 from openlance.infer.orders import PARTS_OF
 from openlance.model.checkpoint import count_parameters
+from openlance.sequence.segment import Sample
 from openlance.sequence.template import Message, Task
 
 CPU = torch.device("cpu")
@@ -40,6 +45,39 @@ def test_decoding_takes_on_the_cpu_what_was_reckoned(tiny: Estimator) -> None:
     with torch.inference_mode(), Peak(torch.device("cpu")) as peak:
         real.decode(latents)
     assert need.phases["decode"] == pytest.approx(peak.most, rel=0.05)
+
+
+def request(task: Task) -> Sample:
+    sizes = config().sizes
+    frames, side = (sizes.frames, sizes.video) if task.video else (1, sizes.image)
+    return _sample(task, config(), frames, side, sizes.vit_image)
+
+
+@torch.inference_mode()
+def stepped(task: Task, **reuse: Any) -> int:
+    """The most bytes in four real steps of the request that is reckoned with, all branches run whole."""
+    model, sample = network(), request(task)
+    settings = SamplingConfig(guidance_interval=(0.0, 1.0), **reuse)
+    with Peak(CPU) as peak:
+        work = Denoising(model, [Target(sample, noise(*sample[-1].grid, CHANNELS))], settings)
+        peak.most = peak.live  # what contexts took is another phase
+        for t in (1.0, 0.9, 0.7, 0.4):
+            work.velocity(work.start, t)
+    return peak.most
+
+
+@pytest.mark.parametrize("task", [Task.T2I, Task.T2V])
+def test_what_reuse_keeps_is_reckoned(task: Task) -> None:
+    """Two states of both branches, of order 1 three, within what the allocations of a step differ by."""
+    whole, found = config(), []
+    states = 2 * request(task)[-1].inner * HIDDEN * 4
+    for sampling in ({}, {"reuse": 1e-12}, {"reuse": 1e-12, "reuse_order": 1}):
+        asked = replace(whole, sampling=replace(whole.sampling, **sampling))
+        need = Estimator(asked).need(task, torch.float32).phases["denoise"]
+        assert need == pytest.approx(stepped(task, **sampling), rel=0.05)
+        found.append(need)
+    assert found[1] - found[0] >= 2 * states
+    assert found[2] - found[1] >= states
 
 
 def test_peak_counts_what_lives_at_once() -> None:

@@ -199,3 +199,8 @@ def test_a_plan_is_for_the_largest_request(tiny_checkpoint: Path) -> None:
     assert wide.phases["denoise"] > usual.phases["denoise"] and wide.phases["decode"] > usual.phases["decode"]
     long, short = (planned(tiny_checkpoint, Task.T2V, **asked) for asked in ({"frames": 33}, {}))
     assert long.phases["denoise"] > short.phases["denoise"]
+    plain, kept, led = (
+        planned(tiny_checkpoint, Task.T2V, **asked)
+        for asked in ({}, {"reuse": 0.1}, {"reuse": 0.1, "reuse_order": 1})
+    )
+    assert plain.phases["denoise"] < kept.phases["denoise"] < led.phases["denoise"]
