@@ -165,6 +165,7 @@ class Request:
         own: the method's own arguments; size and frames that are None come from `--like`.
         """
         from openlance.infer.result import Generated
+        from openlance.sequence.template import Task
 
         paths, seeds = self.output.paths(clip=clip), self.output.seeds(self.like)
         negative = self.output.negative
@@ -174,7 +175,9 @@ class Request:
         if own.get("frames", ...) is None:
             own["frames"] = self.like.get("frames")
         largest = {name: own.get(name) for name in ("size", "frames")} | self.settings
-        pipeline = self.load.pipeline(self.tasks, self.like, largest)
+        largest["source"] = own.get("source", own.get("image"))
+        tasks = [task for task in self.tasks if Task(task).video == clip]
+        pipeline = self.load.pipeline(tasks, self.like, largest)
         order = method(pipeline.order)
         orders = [order(prompt=self.prompt, seed=seed, **own, **self.settings) for seed in seeds]
         with progress(self.load.quiet) as advance:

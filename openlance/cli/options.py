@@ -54,7 +54,8 @@ class LoadOptions:
     und=int8,gen=fp8 (the vision tower, vision, only where named). Default: as they are stored."""
     max_memory: Maybe[str] = None
     """Of a GPU, as 8GB or 7.5GiB: what does not fit waits on the host. Reckoned for --size and --frames where
-    they are given, else for the checkpoint's sizes or --resolution. Default: what is free."""
+    they are given, and for what is edited or animated; else for the checkpoint's sizes or --resolution.
+    Default: what is free."""
     resolution: Maybe[int] = None
     """Side of the square, in pixels, whose area pictures and clips are brought to before they are encoded,
     and that is generated where no size is given. Default: the checkpoint's."""
@@ -67,7 +68,7 @@ class LoadOptions:
         self, tasks: Iterable[str], like: Settings | None = None, largest: Settings | None = None
     ) -> LancePipeline:
         """The model with what these tasks need; `like`: settings of an output, where no option says other;
-        `largest`: size, frames and sampling of what is asked for, for the memory plan."""
+        `largest`: size, frames, source and sampling of what is asked for, for the memory plan."""
         import torch
 
         from openlance.infer.pipeline import LancePipeline

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,6 +13,7 @@ from openlance.config import ModelConfig
 from openlance.infer.device import pick_device
 from openlance.infer.orders import PARTS_OF, override
 from openlance.infer.plan import Plan, plan_for
+from openlance.infer.prepare import sizes_of, square_side
 from openlance.model.checkpoint import find_release, load_model, load_vae, read_config
 from openlance.model.lance import Lance
 from openlance.model.quantize import Quantize, choose_schemes, schemes_in
@@ -64,12 +64,13 @@ def load(
 
 
 def _asked(config: ModelConfig, largest: Mapping[str, Any]) -> ModelConfig:
-    """The configuration as if requests had this size, so many frames and this reuse by default, where they
-    are given."""
+    """The configuration as if requests were of this kind by default; see `LancePipeline.from_pretrained`."""
     sizes: dict[str, Any] = {}
+    if largest.get("source") is not None:
+        sizes = sizes_of(largest["source"], config)
     if largest.get("size") is not None:  # what cannot be is refused when it is ordered
-        side = math.ceil(math.prod(largest["size"]) ** 0.5)
-        sizes = {"image": side, "video": side}
+        side = square_side(largest["size"], config)
+        sizes |= {"image": side, "video": side}
     if (largest.get("frames") or 0) > 0:
         sizes["frames"] = largest["frames"]
     sampling = {name: largest[name] for name in ("reuse", "reuse_order") if largest.get(name) is not None}

@@ -100,8 +100,8 @@ class LancePipeline:
         sizes: fields of `Sizes`, over the checkpoint's own. quantize: "int8", "fp8" or "int4" weights for
         both experts, or a scheme by part, see `openlance.model.quantize`. max_memory: of the device, as "8GB"
         or in bytes, for requests of these sizes; default what a GPU has free. See `openlance.infer.plan`.
-        largest: "size" (height, width) and "frames" of the largest request to come, for that plan, and its
-        "reuse" and "reuse_order"; default: those of `sizes`, and the checkpoint's.
+        largest: of the largest request to come, for that plan: "size" (height, width) and "frames", or the
+        "source" that is edited or animated; and "reuse", "reuse_order". Default: those of `sizes`.
         """
         loaded = load(source, variant, device, dtype, tasks, sizes, quantize, max_memory, largest)
         made = cls(loaded.model, loaded.tokenizer, loaded.vae)

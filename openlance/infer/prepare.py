@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from openlance.config import ModelConfig, Sizes
 from openlance.data.fields import select_frames
 from openlance.data.media import (
     VAE_DIVISOR,
+    Buckets,
     Frames,
     Media,
     Source,
@@ -62,6 +64,33 @@ def view(
         return seen
     latents = encode_latents(frames, resolutions.vae, vae, posterior=posterior)
     return View(seen.grid, seen.patches, latents=latents)
+
+
+def sizes_of(source: Source, config: ModelConfig) -> dict[str, int]:
+    """The sizes by default of requests as large as what is made of a picture or clip, edited or animated.
+
+    Fields of `Sizes`: squares with the area of its buckets, and the frames that are taken of a clip. Only the
+    first one is decoded. Raises InputError for what cannot be read.
+    """
+    taken: list[int] = []
+
+    def first(count: int, fps: float) -> list[int]:
+        taken.extend(select_frames(config.sizes)(count, fps))
+        return [0]
+
+    media = load_media(source, first)
+    height, width = as_frames(media).shape[1:3]
+    found = {"frames": len(taken)} if isinstance(media, Video) else {}
+    for name, video in (("image", False), ("video", True)):
+        buckets = Buckets(Resolutions.of(config.sizes, video=video).vae)
+        found[name] = square_side(buckets.out_size(height, width, VAE_DIVISOR), config)
+    return found
+
+
+def square_side(size: Size, config: ModelConfig) -> int:
+    """Of the least square of whole latent cells that is as large as a rectangle, in pixels."""
+    stride = config.vae.spatial_stride
+    return math.ceil(math.prod(size) ** 0.5 / stride) * stride
 
 
 def target_size(size: Size | int | None, default: Size, config: ModelConfig) -> Size:

@@ -78,6 +78,8 @@ def test_edit_takes_pictures_and_clips(run: Run, photo: Path, clip: Path) -> Non
     assert run("edit", clip, "make it blue", "--out", "edited.mp4").code == 0
     assert load_video("edited.mp4").fps == pytest.approx(8)
     assert json.loads(run("show", "edited.mp4", model=None).out)["task"] == "video_edit"
+    told = run("edit", clip, "make it blue", "--max-memory", "1MB", "--steps", 1)
+    assert told.code == 2 and "too little for video_edit:" in told.err
 
 
 def test_subject_draws_and_films(run: Run, photo: Path) -> None:

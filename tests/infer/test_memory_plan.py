@@ -16,11 +16,14 @@ from numpy.typing import NDArray
 from tiny import config, network, tokenizer, vae
 
 from openlance.config import BackboneConfig, ModelConfig, lance_3b
+from openlance.data.media import VAE_DIVISOR, Buckets
+from openlance.data.save import save_video
 from openlance.errors import InputError
 from openlance.infer.load import load
 from openlance.infer.memory import Estimator, Peak
 from openlance.infer.pipeline import LancePipeline
 from openlance.infer.plan import MARGIN, Plan, make_plan, parse_memory, plan_for, weigh
+from openlance.infer.prepare import sizes_of
 from openlance.model.adapters import add_lora, save_adapter
 from openlance.model.checkpoint import count_parameters
 from openlance.model.lance import Lance
@@ -189,6 +192,27 @@ def planned(folder: Path, task: Task, **largest: object) -> Plan:
     loaded = load(folder, None, "cpu", torch.float32, [task], None, None, "1GB", largest)
     assert loaded.plan is not None and loaded.model.config.sizes == config().sizes
     return loaded.plan
+
+
+def test_a_plan_of_an_edit_is_for_its_source(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    """For its frames and the area of its bucket; tiny's clips have 5 frames at 4 a second, 8 at most."""
+    frames, sizes = np.zeros((9, 40, 60, 3), np.uint8), config().sizes
+    asked = {}
+    for name, count in (("usual", 6), ("short", 1)):
+        save_video(frames[:count], tmp_path / f"{name}.mp4", fps=4)
+        found = sizes_of(tmp_path / f"{name}.mp4", config())
+        assert found["frames"] == {"usual": 5, "short": 1}[name]
+        size = Buckets(sizes.video).out_size(40, 60, VAE_DIVISOR)
+        assert found["video"] ** 2 >= size[0] * size[1] > (found["video"] - 16) ** 2
+        asked[name] = planned(tiny_checkpoint, Task.VIDEO_EDIT, source=tmp_path / f"{name}.mp4")
+    side = (found["video"], found["video"])
+    told = planned(tiny_checkpoint, Task.VIDEO_EDIT, size=side, frames=5)
+    assert asked["usual"].phases == pytest.approx(told.phases, rel=1e-3)  # a first run makes small constants
+    for phase in ("encode", "look", "context", "denoise", "decode"):
+        assert asked["short"].phases[phase] < asked["usual"].phases[phase]
+    long = planned(tiny_checkpoint, Task.I2V, source=frames[0], frames=9)
+    told = planned(tiny_checkpoint, Task.I2V, size=side, frames=9)
+    assert long.phases == pytest.approx(told.phases, rel=1e-3)
 
 
 def test_a_plan_is_for_the_largest_request(tiny_checkpoint: Path) -> None:
