@@ -86,7 +86,7 @@ class StepCache:
 
     def _again(self, keys: set[Key], t: float) -> dict[Key, Tensor]:
         """What the layers behind the first add to branches that are not run."""
-        flat = {key[0] for key in keys if self._kept[key].slope is None}
+        flat = self._any({key[0] for key in keys if self._kept[key].slope is None})
         return {key: self._kept[key].rest if key[0] in flat else self._kept[key].at(t) for key in keys}
 
     def _keep(self, key: Key, first: Tensor, rest: Tensor, t: float) -> Kept:
@@ -103,4 +103,8 @@ class StepCache:
         if known:
             changes = torch.stack([self._kept[key].change(added[key]) for key in known]).tolist()
             fresh |= {key[0] for key, c in zip(known, changes, strict=True) if not c < self.threshold}
-        return fresh
+        return self._any(fresh)
+
+    def _any(self, targets: set[int]) -> set[int]:
+        """The targets of which any branch says so; a branch of another process can (`infer.parallel`)."""
+        return targets

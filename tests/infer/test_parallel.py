@@ -31,7 +31,7 @@ def test_processes_together_are_one(tmp_path: Path, processes: int) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
     for rank in range(processes):
         found = json.loads((tmp_path / f"{rank}.json").read_text())
-        assert set(found) == {"guidance", "tokens"} and len(found["guidance"]) == len(found["tokens"]) + 1
+        assert set(found) == {"guidance", "tokens"} and len(found["guidance"]) == len(found["tokens"]) + 3
         for spread, errors in found.items():
             assert {name: error for name, error in errors.items() if not error < ATOL} == {}, spread
 
