@@ -23,7 +23,20 @@ from openlance.config import VAEConfig, nano
 from openlance.model.vae import VAE
 from openlance.train.muon import Muon, split_parameters
 from openlance.train.timed import TimedRun, set_rate
-from openlance.world import MOTIONS, TEXTURES, WORDS, Scene, WorldConfig, render, render_clip, sample_scene
+from openlance.world import (
+    MOTIONS,
+    TEXTURES,
+    WORDS,
+    Scene,
+    Text,
+    Thing,
+    WorldConfig,
+    render,
+    render_clip,
+    sample_scene,
+)
+from openlance.world.render import placed
+from openlance.world.scene import cell, pick
 
 SIDE = nano().sizes.image  # pixels of a whole picture
 CROP = 48  # pixels of a crop around a shape
@@ -43,8 +56,8 @@ DIET = (
     (0.06, dataclasses.replace(PLAIN, textures=TEXTURES[1:])),
     (0.02, dataclasses.replace(PLAIN, max_things=2, words=WORDS, text_share=1.0)),
 )
-# The decoder sees more of what is hard; the latents do not move any more.
-DECODED = tuple(zip((0.65, 0.10, 0.25), (world for _, world in DIET), strict=True))
+# The decoder sees more textures; the latents do not move any more.
+DECODED = tuple(zip((0.85, 0.10, 0.05), (world for _, world in DIET), strict=True))
 DISTURBED = 0.25  # noise on the latents that the decoder learns from, at most, in their std
 MOVING = dataclasses.replace(PLAIN, motions=MOTIONS)
 SHOWN = {  # what the final table of PSNR is measured on
@@ -196,11 +209,19 @@ def draw(
     shapes = np.any(np.abs(clip - ground) > 8, axis=-1, keepdims=True)[..., 0]
     if side == SIDE:
         return clip, shapes
-    spots = np.argwhere(shapes.any(axis=0))
-    middle = spots[rng.integers(len(spots))] if len(spots) else np.array([SIDE // 2, SIDE // 2])
+    middle = np.array(_middle(pick(rng, scene.parts), rng))
     top, left = np.clip(middle - side // 2 + rng.integers(-16, 17, size=2), 0, SIDE - side)
     area = (slice(None), slice(top, top + side), slice(left, left + side))
     return clip[area], shapes[area]
+
+
+def _middle(part: Thing | Text, rng: np.random.Generator) -> tuple[int, int]:
+    """Row and column of a thing at some time, or of some letter of a word, in pixels. So small things are
+    seen as often as large ones, though they have fewer pixels."""
+    if isinstance(part, Text):
+        return int(SIDE * (cell(part.place)[1] + 0.5) / 3), int(rng.integers(SIDE))
+    x, y, _ = placed(part, SIDE, SIDE, rng.random())
+    return int(y), int(x)
 
 
 def start_from_pictures(vae: VAE) -> None:

@@ -61,14 +61,16 @@ def nano_continual_training() -> TrainConfig:
     """All tasks; in bfloat16, and the layers' matrices by Muon."""
     return replace(
         nano_pre_training(),
-        steps=1_500, stage="continual training", tokens=4_200, optimizer="muon", precision="bfloat16",
+        steps=500, stage="continual training", tokens=4_200, optimizer="muon", precision="bfloat16",
         warmup=50, ema=0.998, drop_text=0.05, drop_all=0.05,
     )  # fmt: skip
 
 
 def nano_fine_tuning() -> TrainConfig:
-    """All tasks, with a rate that falls to zero."""
-    return replace(nano_continual_training(), steps=1_000, stage="fine-tuning", schedule="linear", decay=1.0)
+    """All tasks, with a rate that falls to zero; the seed is for other draws than before."""
+    return replace(
+        nano_continual_training(), steps=1_000, stage="fine-tuning", schedule="linear", decay=1.0, seed=1
+    )
 
 
 def reinforcement() -> RLConfig:
