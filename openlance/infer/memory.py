@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import Any
@@ -26,7 +26,7 @@ from openlance.infer.generate import Denoising, Target
 from openlance.infer.orders import PARTS_OF
 from openlance.infer.step_cache import Key, StepCache
 from openlance.model.cache import Workspace
-from openlance.model.checkpoint import count_parameters
+from openlance.model.checkpoint import parameter_shapes
 from openlance.model.lance import Lance
 from openlance.model.tiles import Tiles
 from openlance.model.vae import VAE
@@ -76,7 +76,8 @@ class Estimator:
 
     def __init__(self, config: ModelConfig) -> None:
         self.config = config
-        self.counts = count_parameters(config)
+        self.shapes = parameter_shapes(config)
+        self.counts = {part: sum(map(math.prod, named.values())) for part, named in self.shapes.items()}
         with META:
             self._networks = [
                 Lance(
@@ -84,6 +85,7 @@ class Estimator:
                 ).eval()
                 for layers in DEPTHS
             ]
+        self._known: dict[Hashable, tuple[Like, ...] | None] = {}
         self._vae = cache(self._make_vae)
         self._encode = cache(self._run_encode)
         self._decode = cache(self._run_decode)
@@ -125,7 +127,10 @@ class Estimator:
         side = sizes.video if task.video else sizes.image
         sample = _sample(task, config, frames, side, sizes.vit_video if task.video else sizes.vit_image)
         stages = _denoise if task.generates else _answer
-        measured = (_measure([partial(stage, model, sample) for stage in stages]) for model in self._networks)
+        measured = (
+            _measure([partial(stage, model, sample) for stage in stages], self._known)
+            for model in self._networks
+        )
         names = ("context", "denoise" if task.generates else "answer")
         phases = {}
         for name, two, three in zip(names, *measured, strict=True):
@@ -155,7 +160,7 @@ class Estimator:
     def _run_vae(self, dtype: torch.dtype, tiles: Tiles | None, run: Callable[[VAE], Any]) -> int:
         vae = self._vae(dtype)
         vae.tiles = tiles
-        [(most, _)] = _measure([lambda _: run(vae)])
+        [(most, _)] = _measure([lambda _: run(vae)], self._known)
         return most
 
 
@@ -172,10 +177,13 @@ class Peak(TorchDispatchMode):
     ) -> Any:
         for tensor in tree_leaves((args, kwargs)):
             self._watch(tensor, new=False)
-        out = func(*args, **(kwargs or {}))
+        out = self._run(func, args, kwargs or {})
         for tensor in tree_leaves(out):
             self._watch(tensor, new=True)
         return out
+
+    def _run(self, func: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
+        return func(*args, **kwargs)
 
     def _watch(self, tensor: Any, new: bool) -> None:
         """Know a tensor's memory by its storage: views share one. What was there before is not counted."""
@@ -196,11 +204,72 @@ class Peak(TorchDispatchMode):
         self.live -= size
 
 
-def _measure(stages: Sequence[Callable[[Any], Any]]) -> list[tuple[int, int]]:
+class Shapes(Peak):
+    """The same on the meta device, where what comes out depends on shapes alone: each operation is run once
+    for the shapes that it is given. (Most are Python there, and slow.)
+
+    known: what new tensors came out, by operation and arguments; None where they were none, but views.
+    """
+
+    def __init__(self, known: dict[Hashable, tuple[Like, ...] | None]) -> None:
+        super().__init__(META)
+        self.known = known
+
+    def _run(self, func: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
+        if any(tensor.device != META for tensor in tree_leaves((args, kwargs)) if isinstance(tensor, Tensor)):
+            return func(*args, **kwargs)
+        key = func, _shape(args), _shape(tuple(kwargs.items()))
+        like = self.known.get(key)
+        if like is not None:
+            made = tuple(map(_empty, like))
+            return made if len(made) > 1 else made[0]
+        out = func(*args, **kwargs)
+        if key not in self.known:
+            self.known[key] = _new(out, args, kwargs)
+        return out
+
+
+Like = tuple[torch.Size, tuple[int, ...], torch.dtype]
+"""Shape, stride and dtype."""
+
+
+def _empty(like: Like) -> Tensor:
+    shape, stride, dtype = like
+    return torch.empty_strided(shape, stride, dtype=dtype, device=META)
+
+
+def _shape(value: Any) -> Hashable:
+    """An argument, or several, with tensors by their shapes."""
+    if isinstance(value, Tensor):
+        return value.shape, value.stride(), value.dtype
+    if isinstance(value, (tuple, list)):
+        return tuple(map(_shape, value))
+    return type(value), value
+
+
+def _new(out: Any, args: tuple, kwargs: dict) -> tuple[Like, ...] | None:
+    """What tensors came out, where they are that and nothing else, each with memory of its own."""
+    outs = out if type(out) is tuple else (out,)
+    if not outs or not all(isinstance(one, Tensor) and one.device == META for one in outs):
+        return None
+    given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+    stores = {one.untyped_storage()._cdata for one in (*given, *outs)}
+    like = tuple((one.shape, one.stride(), one.dtype) for one in outs)
+    alone = len(stores) == len({one.untyped_storage()._cdata for one in given}) + len(outs)
+    whole = all(
+        _empty(each).untyped_storage().nbytes() == one.untyped_storage().nbytes()
+        for each, one in zip(like, outs, strict=True)
+    )
+    return like if alone and whole else None
+
+
+def _measure(
+    stages: Sequence[Callable[[Any], Any]], known: dict[Hashable, tuple[Like, ...] | None]
+) -> list[tuple[int, int]]:
     """Bytes alive on the meta device at most during each stage, and at its end; a stage is given what the one
-    before made, the first one nothing."""
+    before made, the first one nothing. known: see `Shapes`."""
     found, made = [], None
-    with torch.inference_mode(), Peak() as peak:
+    with torch.inference_mode(), Shapes(known) as peak:
         for stage in stages:
             peak.most = peak.live
             made = stage(made)

@@ -15,6 +15,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 
@@ -140,22 +141,24 @@ def make_plan(
     nothing fits, naming what the thriftiest plan needs.
     """
     room, tasks = int(budget / MARGIN), tuple(tasks)
-    weights = weigh(estimator.config, tasks, dtype, schemes or {})
+    weights = weigh(estimator.config, tasks, dtype, schemes or {}, estimator.shapes)
     tokens = 2 * max(estimator.need(task, dtype).tokens for task in tasks)
-    works = [(tiles, _working(estimator, tasks, dtype, tiles)) for tiles in TILINGS]
-    for tiles, working in works:
+    working_with = partial(_working, estimator, tasks, dtype)  # reckoned only for what is tried
+    for tiles in TILINGS if weights.all <= room else ():
+        working = working_with(tiles)
         phases = {phase: weights.all + size for phase, size in working.items()}
         if max(phases.values()) <= room:
             most = _together(tokens, phases, working, room)
             return Plan(tasks, budget, weights, True, tiles, phases, most)
-    for tiles, working in works:
+    for tiles in TILINGS:
+        working = working_with(tiles)
         kept = {phase: _keep(weights, phase, room - size) for phase, size in working.items()}
         if all(layers is not None for layers in kept.values()):
             layers = {phase: found for phase, found in kept.items() if found is not None}
             phases = {phase: _taken(weights, phase, layers[phase]) + size for phase, size in working.items()}
             most = _together(tokens, phases, working, room)
             return Plan(tasks, budget, weights, False, tiles, phases, most, layers)
-    least = max(_taken(weights, phase, {}) + size for phase, size in works[-1][1].items())
+    least = max(_taken(weights, phase, {}) + size for phase, size in working.items())
     raise InputError(
         f"max_memory {budget / 1e9:.3g} GB is too little for {', '.join(tasks)}: "
         f"{least * MARGIN / 1e9:.3g} GB would do; or choose a smaller resolution"
@@ -163,13 +166,17 @@ def make_plan(
 
 
 def weigh(
-    config: ModelConfig, tasks: Sequence[Task], dtype: torch.dtype, schemes: Mapping[str, Scheme]
+    config: ModelConfig,
+    tasks: Sequence[Task],
+    dtype: torch.dtype,
+    schemes: Mapping[str, Scheme],
+    shapes: Mapping[str, Mapping[str, tuple[int, ...]]] | None = None,
 ) -> Weights:
-    """The weights that these tasks load."""
+    """The weights that these tasks load. shapes: of the parameters, where they are known already."""
     wanted = frozenset().union(*(PARTS_OF[task] for task in tasks))
     sums: dict[str, int] = {}
-    for part, shapes in parameter_shapes(config).items():
-        for name, shape in shapes.items() if part in wanted else ():
+    for part, named in (shapes or parameter_shapes(config)).items():
+        for name, shape in named.items() if part in wanted else ():
             scheme = None if part == "vae" else scheme_for(schemes, name, shape)
             size = math.prod(shape) * dtype.itemsize if scheme is None else scheme.matrix_bytes(shape)
             unit = _unit(name, part)

@@ -12,9 +12,10 @@ from tiny import CHANNELS, HIDDEN, config, network, noise, question, seen, vae
 from openlance.config import SamplingConfig, lance_3b
 from openlance.infer.context import encode
 from openlance.infer.generate import Denoising, Target
-from openlance.infer.memory import Estimator, Peak, _sample
+from openlance.infer.memory import META, Estimator, Need, Peak, Shapes, _sample
 from openlance.infer.orders import PARTS_OF
 from openlance.model.checkpoint import count_parameters
+from openlance.model.tiles import Tiles
 from openlance.sequence.segment import Sample
 from openlance.sequence.template import Message, Task
 
@@ -92,6 +93,34 @@ def test_peak_counts_what_lives_at_once() -> None:
         d = c + 1
     assert (peak.most, peak.live) == (400 + 200, 200 + 200)
     assert len(c) == len(d)
+
+
+def test_running_an_operation_once_for_its_shapes_counts_the_same(
+    tiny: Estimator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tasks, tilings = (Task.VIDEO_EDIT, Task.X2T_IMAGE), (None, Tiles(side=2))
+
+    def needs() -> list[Need]:
+        estimator = Estimator(config())
+        return [estimator.need(task, torch.bfloat16, tiles) for task in tasks for tiles in tilings]
+
+    tiny.need(Task.VIDEO_EDIT, torch.bfloat16)  # the first run of all makes constants
+    once = needs()
+    monkeypatch.setattr("openlance.infer.memory.Shapes", lambda known: Peak(META))
+    assert needs() == once
+
+
+def test_only_new_memory_is_remembered() -> None:
+    """Views and what is written in place are run each time; what comes again has its strides and its size."""
+    x, known = torch.empty(4, 6, device=META), dict[Any, Any]()
+    with Shapes(known) as peak:
+        for _ in range(2):
+            parts = (x.T.contiguous(), x.view(2, 12), x.add_(1), torch.cat([x, x])[1:], *x.sort())
+            assert parts[1].untyped_storage()._cdata == parts[2].untyped_storage()._cdata
+            assert [part.stride() for part in parts] == [(4, 1), (12, 1), (6, 1), (6, 1), (6, 1), (6, 1)]
+            assert peak.live == 4 * 24 + 4 * 48 + 4 * 24 + 8 * 24
+            del parts
+    assert peak.live == 0 and any(like is None for like in known.values()) and any(known.values())
 
 
 def test_the_released_shapes_need_gigabytes_and_no_memory_to_say_so() -> None:
