@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+import os
+import signal
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from tyro.conf import Positional
 
 from openlance.cli.options import (
-    LoadOptions,
+    MakeOptions,
     OutputOptions,
     SamplingOptions,
     Settings,
@@ -40,7 +43,7 @@ def generate(
     size: Size = None,
     output: OutputOptions,
     sampling: SamplingOptions,
-    load: LoadOptions,
+    load: MakeOptions,
 ) -> None:
     """Draw a picture from words.
 
@@ -60,7 +63,7 @@ def video(
     frames: Frames = None,
     output: OutputOptions,
     sampling: SamplingOptions,
-    load: LoadOptions,
+    load: MakeOptions,
 ) -> None:
     """Film a clip from words.
 
@@ -80,7 +83,7 @@ def animate(
     frames: Frames = None,
     output: OutputOptions,
     sampling: SamplingOptions,
-    load: LoadOptions,
+    load: MakeOptions,
 ) -> None:
     """Make a clip that starts with a picture (and ends with another, where one is given).
 
@@ -100,7 +103,7 @@ def edit(
     *,
     output: OutputOptions,
     sampling: SamplingOptions,
-    load: LoadOptions,
+    load: MakeOptions,
 ) -> None:
     """Change a picture or clip as words say.
 
@@ -122,7 +125,7 @@ def subject(
     frames: Frames = None,
     output: OutputOptions,
     sampling: SamplingOptions,
-    load: LoadOptions,
+    load: MakeOptions,
 ) -> None:
     """Draw what some pictures show again, as words say.
 
@@ -150,12 +153,13 @@ class Request:
         prompt: str | None,
         output: OutputOptions,
         sampling: SamplingOptions,
-        load: LoadOptions,
+        load: MakeOptions,
     ):
         self.tasks, self.output, self.load = tasks, output, load
         self.like = _read_like(output.like, tasks)
         self.prompt = check_prompt(self.like.get("prompt") if prompt is None else prompt)
         self.settings = sampling.settings(self.like)
+        _check_processes(load.spread, self.settings.get("reuse", 0.0))
 
     def run(
         self, method: Callable[[Orders], Callable[..., GenerateOrder]], *, clip: bool, **own: Any
@@ -177,19 +181,43 @@ class Request:
         largest = {name: own.get(name) for name in ("size", "frames")} | self.settings
         largest["source"] = own.get("source", own.get("image"))
         tasks = [task for task in self.tasks if Task(task).video == clip]
-        pipeline = self.load.pipeline(tasks, self.like, largest)
+        pipeline = self.load.pipeline(tasks, self.like, largest, self.load.spread)
+        if pipeline.spread is not None:
+            seeds = pipeline.spread.same(seeds)
+            # One that waits for the others would not hear a KeyboardInterrupt.
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
         order = method(pipeline.order)
         orders = [order(prompt=self.prompt, seed=seed, **own, **self.settings) for seed in seeds]
-        with progress(self.load.quiet) as advance:
+        with progress(self.load.quiet or not pipeline.main) as advance:
 
             def on_step(step: Step) -> None:
                 advance(replace(step, total=step.total * len(orders)))
 
             for index, made in pipeline.run_each(orders, on_step=on_step):
                 assert isinstance(made, Generated), "the bar cancels nothing"
-                made.save(paths[index])
-                seconds = sum(made.seconds.values())
-                print(f"{paths[index]}  seed {seeds[index]}  {seconds:.1f} s", flush=True)
+                if pipeline.main:
+                    made.save(paths[index])
+                    seconds = sum(made.seconds.values())
+                    print(f"{paths[index]}  seed {seeds[index]}  {seconds:.1f} s", flush=True)
+        if pipeline.spread is not None:
+            pipeline.spread.leave()
+
+
+def _check_processes(spread: str | None, reuse: float) -> None:
+    """What processes there are must fit what is to be spread over them. Raises InputError."""
+    count = int(os.environ.get("WORLD_SIZE", 1))
+    if spread is None:
+        if count > 1:
+            raise InputError(
+                f"{count} processes would all make the same file: add --spread guidance or --spread tokens, "
+                "or start without torchrun"
+            )
+        return
+    from openlance.infer.parallel import check_spread
+
+    check_spread(spread, reuse)
+    if os.environ.get("RANK", "0") != "0":
+        logging.getLogger("openlance").setLevel(logging.ERROR)  # the first process says it for all
 
 
 def _read_like(path: Path | None, tasks: tuple[str, ...]) -> Settings:

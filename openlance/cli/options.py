@@ -65,7 +65,11 @@ class LoadOptions:
     """No progress bar, and nothing on stderr but errors."""
 
     def pipeline(
-        self, tasks: Iterable[str], like: Settings | None = None, largest: Settings | None = None
+        self,
+        tasks: Iterable[str],
+        like: Settings | None = None,
+        largest: Settings | None = None,
+        spread: str | None = None,
     ) -> LancePipeline:
         """The model with what these tasks need; `like`: settings of an output, where no option says other;
         `largest`: size, frames, source and sampling of what is asked for, for the memory plan."""
@@ -91,10 +95,20 @@ class LoadOptions:
             quantize=self.quantize,
             max_memory=self.max_memory,
             largest=largest,
+            spread=spread,
         )
         if self.adapter is not None:
             pipeline.load_adapter(self.adapter)
         return pipeline
+
+
+@dataclass(frozen=True)
+class MakeOptions(LoadOptions):
+    """Model."""
+
+    spread: Maybe[Literal["guidance", "tokens"]] = None
+    """Do each request on several devices, in processes that torchrun starts: by branches of guidance (two
+    processes, three with --visual-guidance) or by tokens (any number, for clips). The VAE goes by tiles."""
 
 
 @dataclass(frozen=True)

@@ -57,7 +57,7 @@ def denoise_parallel(
     return walk(SPREADS[spread](model, targets, config, group), _shared(on_step, group))
 
 
-def check_spread(spread: str, reuse: float) -> None:
+def check_spread(spread: str, reuse: float = 0.0) -> None:
     """Raises InputError for what is no spread, and where it does not go with reuse between steps."""
     if spread not in SPREADS:
         raise InputError(f"spread must be one of {', '.join(SPREADS)}, not {spread!r}")

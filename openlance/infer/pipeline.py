@@ -33,6 +33,7 @@ from openlance.infer.plan import Plan
 from openlance.infer.prepare import Resolutions, Size, view
 from openlance.infer.result import Answer, Generated
 from openlance.infer.speak import Voice, speak, speak_together
+from openlance.infer.spread import Spread, join
 from openlance.infer.stream import TextStream
 from openlance.model.adapters import load_adapter, merge_adapters, set_adapter, unload_adapters
 from openlance.model.lance import Lance
@@ -68,7 +69,8 @@ class LancePipeline:
     seed gives the same output. Sizes are (height, width) in pixels. Media are whatever `load_media` of
     `openlance.data.media` reads, and earlier results. All raise InputError for what cannot be used.
 
-    order: the same methods, to make orders that `run` then runs together.
+    order: the same methods, to make orders that `run` then runs together. spread: the processes that do every
+    request together with this one, where there are any.
     """
 
     def __init__(self, model: Lance, tokenizer: Tokenizer, vae: VAE | None = None):
@@ -77,6 +79,7 @@ class LancePipeline:
         self.vae = None if vae is None else vae.eval()
         self.order = Orders(self.model, tokenizer, self.vae)
         self.placement: Placement | None = None
+        self.spread: Spread | None = None
         self._most_together = TOKENS_TOGETHER
 
     @classmethod
@@ -92,6 +95,7 @@ class LancePipeline:
         quantize: Quantize | None = None,
         max_memory: str | int | None = None,
         largest: Mapping[str, Any] | None = None,
+        spread: str | None = None,
     ) -> LancePipeline:
         """Load a checkpoint: "nano" (bundled), a folder in the released layout, or a Hugging Face id.
 
@@ -102,11 +106,17 @@ class LancePipeline:
         or in bytes, for requests of these sizes; default what a GPU has free. See `openlance.infer.plan`.
         largest: of the largest request to come, for that plan: "size" (height, width) and "frames", or the
         "source" that is edited or animated; and "reuse", "reuse_order". Default: those of `sizes`.
+        spread: "guidance" or "tokens", in processes that torchrun started: they do each request together,
+        each on its device. All must make the same calls, and all get the whole result.
         """
+        together = None if spread is None else join(spread, device)
+        device = device if together is None else together.device
         loaded = load(source, variant, device, dtype, tasks, sizes, quantize, max_memory, largest)
         made = cls(loaded.model, loaded.tokenizer, loaded.vae)
         if loaded.plan is not None:
             made.follow(loaded.plan, loaded.device)
+        if together is not None:
+            made.share(together)
         return made
 
     def follow(self, plan: Plan, device: torch.device) -> None:
@@ -116,6 +126,18 @@ class LancePipeline:
             self.vae.tiles = plan.tiles
         if not plan.resident:
             self.placement = Placement(self.model, self.vae, device, plan.layers)
+
+    def share(self, spread: Spread) -> None:
+        """Do every request together with other processes from here on, in the memory that all have."""
+        self.spread = spread
+        self._most_together = spread.least(self._most_together)
+        if self.vae is not None:
+            self.vae.tiles = spread.tiles(self.vae.tiles)
+
+    @property
+    def main(self) -> bool:
+        """Whether this process is the one to save and print: of those that `spread` a request, the first."""
+        return self.spread is None or self.spread.main
 
     @property
     def config(self) -> ModelConfig:
@@ -324,7 +346,8 @@ class LancePipeline:
         """Orders of the same sampling settings."""
         start = time.perf_counter()
         targets = [Target(order.sample, self._noise(order), order.negative) for order in orders]
-        found = denoise_together(self.model, targets, orders[0].sampling, on_step)
+        denoise = denoise_together if self.spread is None else self.spread.denoise
+        found = denoise(self.model, targets, orders[0].sampling, on_step)
         seconds = (time.perf_counter() - start) / len(orders)
         for order, latents in zip(orders, found, strict=True):
             yield latents if isinstance(latents, Cancelled) else self._finish(order, latents, seconds)
