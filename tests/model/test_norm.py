@@ -36,8 +36,21 @@ def test_zeros_stay_zeros() -> None:
         assert torch.equal(pair(8)[0](torch.zeros(3, 8)), torch.zeros(3, 8))
 
 
-def test_bfloat16_is_pytorchs() -> None:
-    ours, theirs = (norm.bfloat16() for norm in pair(32))
-    x = torch.randn(4, 32, generator=torch.Generator().manual_seed(1)).bfloat16()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(0, 64), (1, 64), (72, 4, 16), (5, 2048)])
+def test_halves_are_rounded_once(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    ours, theirs = (norm.to(dtype) for norm in pair(shape[-1]))
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+    with torch.inference_mode():
+        found, wanted = ours(x), theirs(x)
+    assert found.dtype == dtype
+    # The same numbers but for sums whose rounding decides that of the result: one step of the dtype.
+    torch.testing.assert_close(found, wanted, atol=0, rtol=torch.finfo(dtype).eps)
+    assert (found != wanted).float().mean() < 1e-3 or not found.numel()
+
+
+def test_doubles_are_not_narrowed() -> None:
+    ours, theirs = (norm.double() for norm in pair(8))
+    x = torch.randn(3, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     with torch.inference_mode():
         assert torch.equal(ours(x), theirs(x))
