@@ -59,7 +59,7 @@ class Text:
         return [said]
 
     def spoken(self, lookup: int = 0, answers: int = 1) -> Words:
-        """With the cache; several answers, or one with guesses."""
+        """With the cache; one answer or several, with guesses or without."""
         config = self.lance.order.ask("?", max_tokens=self.words, lookup=lookup).text
         voices = [Voice(self.order.sample, config) for _ in range(answers)]
         for _ in speak_together(self.lance.model, voices, allowed=self.lance.tokenizer.size, stop=()):
@@ -75,7 +75,10 @@ def measure(text: Text, repeats: int, clock: Callable[[], float]) -> list[dict[s
     ways: dict[str, Callable[[], Words]] = {"whole sequence each word": text.plainest}
     for lookup in LOOKUPS:
         ways[f"cache, lookup {lookup}"] = lambda lookup=lookup: text.spoken(lookup)
-    ways[f"cache, {TOGETHER} answers at once"] = lambda: text.spoken(answers=TOGETHER)
+    for lookup in LOOKUPS:
+        ways[f"cache, {TOGETHER} answers at once, lookup {lookup}"] = lambda lookup=lookup: text.spoken(
+            lookup, TOGETHER
+        )
     times: dict[str, list[float]] = {name: [] for name in ways}
     count: dict[str, tuple[int, int]] = {}
     for turn in range(repeats + 1):

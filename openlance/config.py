@@ -181,8 +181,8 @@ class SamplingConfig:
 class TextConfig:
     """How words are drawn. temperature 0 is greedy; the rest then has no effect but the penalty.
 
-    lookup: above 0, an answer that is spoken alone guesses up to so many words from what was said before and
-        checks them in one forward; the words are the same, and come faster where the answer repeats things.
+    lookup: above 0, up to so many words are guessed from what was said before and checked in one forward; the
+        words are the same, and come faster where the answer repeats things.
     """
 
     max_tokens: int = 256

@@ -57,11 +57,13 @@ class Alike:
 class Streams:
     """Every query sees every key of its own stream: several targets, or next words, in one pass.
 
-    back: [N] where each query stands in the groups laid end to end.
+    back: [N] where each query stands in the groups laid end to end. causal: a stream's queries are its last
+    keys, and see those up to themselves.
     """
 
     groups: tuple[Alike, ...]
     back: Tensor
+    causal: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -138,13 +140,16 @@ def _streams(q: Tensor, k: Tensor, v: Tensor, pattern: Streams) -> Tensor:
             .transpose(1, 2)
             for x in (k, v)
         )
-        out = F.scaled_dot_product_attention(query, key, value, enable_gqa=True)
+        if pattern.causal and query.shape[2] > 1:
+            out = _causal_tail(query, key, value)
+        else:
+            out = F.scaled_dot_product_attention(query, key, value, enable_gqa=True)
         outs.append(out.transpose(1, 2).flatten(0, 1))
     return torch.cat(outs)[pattern.back]
 
 
 def _causal_tail(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """q [1, heads, n, d]; k, v [1, kv_heads, m, d] → [1, heads, n, d].
+    """q [B, heads, n, d]; k, v [B, kv_heads, m, d] → [B, heads, n, d].
 
     A few queries stand behind each other for all heads that share keys, so that none is copied; of many, the
     keys are repeated for each head, which a kernel without a mask wants.
@@ -154,7 +159,7 @@ def _causal_tail(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     if queries > FEW_QUERIES:
         k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-    folded = q.unflatten(1, (-1, groups)).flatten(2, 3)  # [1, kv_heads, groups · n, d]
+    folded = q.unflatten(1, (-1, groups)).flatten(2, 3)  # [B, kv_heads, groups · n, d]
     out = F.scaled_dot_product_attention(folded, k, v, attn_mask=mask.repeat(groups, 1))
     return out.unflatten(2, (groups, queries)).flatten(1, 2)
 

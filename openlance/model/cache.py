@@ -9,7 +9,7 @@ from itertools import accumulate, groupby
 import torch
 from torch import Tensor
 
-from openlance.model.attention import Alike, Full, Pattern, Streams
+from openlance.model.attention import Alike, CausalTail, Full, Pattern, Streams
 
 
 class KVCache:
@@ -88,14 +88,17 @@ class Workspace:
         """Tokens of all contexts."""
         return sum(self.lengths)
 
-    def over(self, streams: Sequence[int], owner: Tensor) -> tuple[Workspace, Pattern]:
+    def over(
+        self, streams: Sequence[int], owner: Tensor, *, causal: bool = False
+    ) -> tuple[Workspace, Pattern]:
         """What a pass over some of the streams writes to, and the pattern of its attention.
 
         owner: [N] int64 on the CPU, which of `streams` (counted from 0) each token of the pass belongs to.
-        Each token sees the context of its own stream and all new tokens of it.
+        Each token sees the context of its own stream and all new tokens of it, or where it is causal those up
+        to itself.
         """
         if len(self.lengths) == 1:
-            return self, Full()
+            return self, CausalTail() if causal else Full()
         device = self._keys[0].device
         counts = owner.bincount(minlength=len(streams)).tolist()
         order = owner.argsort(stable=True)
@@ -117,7 +120,7 @@ class Workspace:
             groups.append(Alike(rows, self._starts[streams[alike[0]]], stride, length + count))
         view = copy(self)  # the same memory and lengths
         view._places = places.to(device)
-        return view, Streams(tuple(groups), back.to(device))
+        return view, Streams(tuple(groups), back.to(device), causal)
 
     def update(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Write a layer's keys and values behind their contexts; return views of all of them."""

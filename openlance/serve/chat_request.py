@@ -11,6 +11,7 @@ from openlance.config import SolverName
 
 MAX_SEED = 2**63 - 1
 MOST = 2**31 - 1  # of any count
+MOST_REUSE = 1000
 
 
 class Strict(BaseModel):
@@ -171,6 +172,7 @@ class WordSettings(Strict):
     top_p: Annotated[float | None, Field(gt=0, le=1)] = None
     top_k: Annotated[int | None, Field(ge=0, le=MOST)] = None
     repetition_penalty: Annotated[float | None, Field(gt=0, le=100)] = None
+    lookup: Annotated[int | None, Field(ge=0, le=64)] = None
 
 
 class PictureSettings(Strict):
@@ -184,7 +186,7 @@ class PictureSettings(Strict):
     renorm: Literal["global", "channel", "none"] | None = None
     renorm_min: Annotated[float | None, Field(ge=0, le=1)] = None
     visual_guidance: Annotated[float | None, Field(ge=-1000, le=1000)] = None
-    reuse: Annotated[float | None, Field(ge=0, le=1000)] = None
+    reuse: Annotated[float | None, Field(ge=0, le=MOST_REUSE)] = None
     reuse_order: Annotated[int | None, Field(ge=0, le=1)] = None
     negative_prompt: Words | None = None
     size: Annotated[str | None, Field(pattern=r"^([0-9]{1,5}x[0-9]{1,5}|auto)$")] = None

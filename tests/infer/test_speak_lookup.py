@@ -15,7 +15,8 @@ from openlance.errors import InputError
 from openlance.infer.lookup import Lookup
 from openlance.infer.pipeline import LancePipeline
 from openlance.infer.speak import Voice, speak, speak_together
-from openlance.model.attention import CausalTail, attention
+from openlance.model.attention import CausalTail, Streams, attention
+from openlance.model.cache import KVCache, Workspace
 from openlance.sequence.template import Message
 
 SIZE = 320
@@ -80,6 +81,59 @@ def test_whoever_listens_can_end_it() -> None:
     assert voice.spoken == say(0)[:9]
 
 
+OTHERS = [
+    question(Message("user", ("Hello. Hello. Hello.",))),
+    question(Message("user", (seen((1, 2, 2)), "Say red, blue, red, blue, red."))),
+    question(Message("user", (seen((1, 2, 2)), "Say red, blue, red, blue, blue."))),
+]
+
+
+def voices(lookups: tuple[int, ...], **settings: Any) -> list[Voice]:
+    """Answers of several lengths to several questions, each with words guessed or not."""
+    lengths = (40, 25, 31, 31)
+    return [
+        Voice(
+            sample,
+            TextConfig(**{"lookup": lookup, "max_tokens": most, **settings}),
+            torch.Generator().manual_seed(3),
+        )
+        for sample, lookup, most in zip([ASKED, *OTHERS], lookups, lengths, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("lookups", [(4, 4, 4, 4), (8, 0, 3, 1), (0, 0, 0, 5)], ids=str)
+@pytest.mark.parametrize(
+    "settings", [{}, {"repetition_penalty": 0.7}, {"temperature": 1.5, "top_k": 3}], ids=str
+)
+def test_several_guess_in_one_pass(lookups: tuple[int, ...], settings: dict[str, Any]) -> None:
+    """Each says what it says alone without guesses, and they come to an end sooner."""
+    plain, guessing = voices((0, 0, 0, 0), **settings), voices(lookups, **settings)
+    with forwards() as few:
+        rounds = [list(said) for said in speak_together(network(), guessing, allowed=SIZE, stop=())]
+    with forwards() as many:
+        for voice in plain:
+            assert [*speak_together(network(), [voice], allowed=SIZE, stop=())] == [[voice]] * len(
+                voice.spoken
+            )
+    assert [voice.spoken for voice in guessing] == [voice.spoken for voice in plain]
+    assert all(sum(voice in said for said in rounds) == len(voice.spoken) for voice in guessing)
+    assert len(few) < len(many)
+    if settings == {"repetition_penalty": 0.7} and all(lookups):
+        with forwards() as together:
+            list(speak_together(network(), voices((0, 0, 0, 0), **settings), allowed=SIZE, stop=()))
+        assert len(few) < 0.7 * len(together)
+
+
+def test_one_of_several_can_be_ended() -> None:
+    plain, guessing = voices((0, 0, 0, 0)), voices((8, 8, 8, 8))
+    for _ in speak_together(network(), guessing, allowed=SIZE, stop=()):
+        guessing[1].ended |= len(guessing[1].spoken) == 9
+    list(speak_together(network(), plain, allowed=SIZE, stop=()))
+    assert [voice.spoken for voice in guessing] == [
+        voice.spoken[: 9 if number == 1 else None] for number, voice in enumerate(plain)
+    ]
+
+
 def test_a_repeated_run_is_guessed() -> None:
     lookup = Lookup([1, 2, 3, 4, 5, 9, 2, 3, 4])
     assert lookup.guess(2) == [5, 9]
@@ -119,3 +173,20 @@ def test_a_causal_tail_sees_up_to_itself(queries: int) -> None:
         score = q[place].view(2, 2, 8) @ k[:seen_keys].permute(1, 2, 0) / 8**0.5
         alone = (score.softmax(-1) @ v[:seen_keys].transpose(0, 1)).view(4, 8)
         torch.testing.assert_close(out[place], alone, atol=1e-6, rtol=0)
+
+
+def test_causal_tails_of_several_streams() -> None:
+    """Two alike and one that is longer and brings more, in one pattern, are what each is by itself."""
+    torch.manual_seed(0)
+    contexts = [torch.randn(n, 2, 8) for n in (5, 5, 9)]
+    caches = [KVCache([[(context, -context)]]) for context in contexts]
+    space, counts = Workspace(caches, [4, 4, 4]), [2, 2, 3]
+    q, k, v = torch.randn(7, 4, 8), torch.randn(7, 2, 8), torch.randn(7, 2, 8)
+    owner = torch.arange(3).repeat_interleave(torch.tensor(counts))
+    cache, pattern = space.over([0, 1, 2], owner, causal=True)
+    found = attention(q, *cache.update(0, k, v), pattern)
+    assert isinstance(pattern, Streams) and len(pattern.groups) == 2
+    parts = zip(contexts, *(x.split(counts) for x in (q, k, v, found)), strict=True)
+    for context, query, key, value, out in parts:
+        keys, values = torch.cat([context, key]), torch.cat([-context, value])
+        torch.testing.assert_close(out, attention(query, keys, values, CausalTail()), atol=1e-6, rtol=0)

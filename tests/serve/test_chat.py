@@ -86,6 +86,14 @@ def test_an_answer_is_the_pipelines_own(server: Server) -> None:
     assert answer.usage.total_tokens == answer.usage.prompt_tokens + expected.tokens
 
 
+def test_guessed_words_are_the_same_words(server: Server) -> None:
+    options: dict[str, Any] = {"n": 3, "temperature": 1.0, "seed": 3, "max_tokens": 24}
+    plain, guessed = (
+        ask(server, "say red, red, red", **options, extra_body=body) for body in ({}, {"lookup": 4})
+    )
+    assert [one.message.content for one in guessed.choices] == [one.message.content for one in plain.choices]
+
+
 def test_a_stream_is_the_answer_in_pieces(server: Server) -> None:
     options: dict[str, Any] = {"n": 2, "temperature": 1.5, "seed": 3, "max_tokens": 12}
     whole = ask(server, QUESTION, **options)
@@ -201,6 +209,7 @@ def test_pictures_come_in_a_stream_too(server: Server) -> None:
         ({"messages": [user(gif(), "x")], "modalities": ["image"]}, "messages.0", "clips"),
         ({"temperature": -1}, "temperature", "greater than or equal to 0"),
         ({"top_p": 2}, "top_p", "less than or equal to 1"),
+        ({"lookup": 65}, "lookup", "less than or equal to 64"),
         ({"max_tokens": 10**6}, "max_tokens", "8192"),
         ({"n": 4}, "n", "at most 3"),
         ({"steps": 4}, "steps", "modalities"),
