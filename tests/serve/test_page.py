@@ -89,6 +89,11 @@ class Visit:
             label = name.capitalize()
             self.field("number input for Steps" if name == "steps" else label).fill(str(value))
 
+    def choose(self, label: str, option: str) -> None:
+        """One of a list."""
+        self.field(label).click()
+        self.see(self.page.get_by_role("option", name=option, exact=True)).click()
+
     def said(self, words: str) -> str:
         """The line of the tab that says how it goes, once it has these words."""
         line = self.see(self.page.locator(".progress p").filter(has_text=words))
@@ -153,7 +158,9 @@ def test_a_picture_by_keyboard_its_seed_and_its_file(visit: Visit, browser: Any,
 
 
 def test_the_same_seed_gives_the_same_picture_and_a_file_its_settings(visit: Visit) -> None:
-    visit.set(steps=2)
+    visit.set(steps=2, reuse=0.5)
+    visit.choose("Solver", "ab2")
+    visit.choose("Reuse order", "1")
     visit.field("Prompt").fill(WORDS)
     visit.press("Generate")
     first = visit.done()
@@ -163,8 +170,13 @@ def test_the_same_seed_gives_the_same_picture_and_a_file_its_settings(visit: Vis
     assert visit.done(line) != first
     visit.unfold("Settings of a picture or clip made here")
     visit.field("Prompt").fill("something else")
+    visit.field("Reuse").fill("0")
+    visit.choose("Solver", "unipc")
     visit.upload(picture, "kept.png")
     visit.said("settings restored")
+    sampling = read_settings(picture)["sampling"]
+    assert (sampling["solver"], sampling["reuse"], sampling["reuse_order"]) == ("ab2", 0.5, 1)
+    assert (visit.field("Solver").input_value(), visit.field("Reuse").input_value()) == ("ab2", "0.5")
     assert visit.field("Prompt").input_value() == WORDS
     assert visit.field("Same seed").is_checked()
     visit.press("Generate")

@@ -7,16 +7,18 @@ from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
+import gradio as gr
 import numpy as np
 import pytest
 
-from openlance.config import nano
+from openlance.config import SamplingConfig, nano
 from openlance.data.save import save_image
 from openlance.errors import InputError
 from openlance.serve.engine import Engine, ModelInfo
 from openlance.serve.job import Job
 from openlance.serve.jobs import Busy, JobError, Piece, Progress, Request, Spoken, Why
 from openlance.serve.page import make_page
+from openlance.serve.page.controls import Page, Sampling
 from openlance.serve.page.follow import Watched, follow, note, progress_bar
 from openlance.serve.page.recipe import Recipe, recipe_inside
 from openlance.serve.page.session import Session
@@ -126,6 +128,34 @@ def test_settings_are_read_back(tmp_path: Path) -> None:
 def test_damaged_settings_are_said_to_be(damage: dict[str, Any]) -> None:
     with pytest.raises(InputError, match="the settings in this file"):
         Recipe.of(SETTINGS | damage)
+
+
+def test_what_makes_steps_fewer_is_read_back() -> None:
+    """From files that say nothing of it, too; what cannot be chosen is refused."""
+    fast = {"solver": "ab2", "reuse": 0.1, "reuse_order": 1}
+    found = Recipe.of(SETTINGS | {"sampling": SETTINGS["sampling"] | fast})
+    assert (found.solver, found.reuse, found.reuse_order) == ("ab2", 0.1, 1)
+    old = Recipe.of(SETTINGS)
+    assert (old.solver, old.reuse, old.reuse_order) == ("euler", 0, 0)
+    with pytest.raises(InputError, match="the settings in this file"):
+        Recipe.of(SETTINGS | {"sampling": SETTINGS["sampling"] | {"solver": "rk45"}})
+
+
+def test_sampling_controls_begin_as_the_model_and_take_up_a_recipe() -> None:
+    config = ServeConfig(max_steps=30)
+    engine = Engine(config)
+    engine.model = ModelInfo("small", frozenset({"t2i"}), nano(), ())
+    with gr.Blocks():
+        controls = Sampling(Page(engine, config, gr.State()))
+    values: dict[Any, Any] = {part: getattr(part, "value", None) for part in controls.inputs}
+    own, names = nano().sampling, ("steps", "guidance", "shift", "solver", "reuse", "reuse_order")
+    given = controls.read(values)
+    assert {name: given[name] for name in names} == {name: getattr(own, name) for name in names}
+    recipe = Recipe("a circle", "", 5, 96, 64, 1, False, 40, 2.0, 1.0, "unipc", 5000.0, 1)
+    restored = controls.read(values | controls.restore(recipe))
+    assert [restored[name] for name in names] == [30, 2.0, 1.0, "unipc", 1000, 1]  # as the server allows
+    assert restored["seed"] == 5
+    SamplingConfig(**{name: restored[name] for name in names})
 
 
 def test_a_visitors_files_go_with_them() -> None:

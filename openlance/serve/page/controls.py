@@ -10,9 +10,11 @@ from typing import Any
 
 import gradio as gr
 
+from openlance.config import REUSE_ORDERS, SOLVERS
 from openlance.errors import InputError
 from openlance.infer.orders import new_seed
 from openlance.sequence.template import Task
+from openlance.serve.chat_request import MOST_REUSE
 from openlance.serve.engine import Engine
 from openlance.serve.jobs import Request
 from openlance.serve.media_in import check_media
@@ -136,6 +138,14 @@ class Sampling:
             with gr.Row():
                 self.guidance = gr.Number(own.guidance, label="Guidance", min_width=120)
                 self.shift = gr.Number(own.shift, label="Time shift", minimum=0.01, min_width=120)
+            with gr.Row():
+                self.solver = gr.Dropdown(list(SOLVERS), value=own.solver, label="Solver", min_width=120)
+                self.reuse = gr.Number(
+                    own.reuse, label="Reuse", minimum=0, maximum=MOST_REUSE, step=0.05, min_width=120
+                )
+                self.order = gr.Dropdown(
+                    list(REUSE_ORDERS), value=own.reuse_order, label="Reuse order", min_width=120
+                )
             self.negative = gr.Textbox(label="Negative prompt", lines=1, max_lines=4)
             with gr.Row():
                 self.seed = gr.Number(label="Seed", precision=0, minimum=0, maximum=_MOST_SEED, min_width=120)
@@ -145,7 +155,8 @@ class Sampling:
             names = ["", *page.engine.model.adapters]
             self.adapter = gr.Dropdown(names, label="Adapter", visible=len(names) > 1)
         self.inputs: set[Any] = {
-            self.steps, self.guidance, self.shift, self.negative, self.seed, self.same, self.adapter
+            self.steps, self.guidance, self.shift, self.solver, self.reuse, self.order,
+            self.negative, self.seed, self.same, self.adapter,
         }  # fmt: skip
 
     def read(self, values: Values) -> dict[str, Any]:
@@ -156,6 +167,9 @@ class Sampling:
             "steps": int(values[self.steps]),
             "guidance": values[self.guidance],
             "shift": values[self.shift],
+            "solver": values[self.solver],
+            "reuse": values[self.reuse],
+            "reuse_order": values[self.order],
             "negative_prompt": words(values[self.negative], self.config) or None,
         }
         return {name: value for name, value in given.items() if value is not None}
@@ -166,6 +180,9 @@ class Sampling:
             self.steps: min(recipe.steps, self.steps.maximum),
             self.guidance: recipe.guidance,
             self.shift: recipe.shift,
+            self.solver: recipe.solver,
+            self.reuse: min(recipe.reuse, MOST_REUSE),
+            self.order: recipe.reuse_order,
             self.negative: recipe.negative,
             self.seed: recipe.seed,
             self.same: True,
