@@ -109,9 +109,10 @@ def see(view: View) -> torch.Tensor:
 
 
 def _same(found: torch.Tensor | None, expected: torch.Tensor | None) -> None:
+    """Up to one step of half precision: what is encoded together may be summed in another order."""
     assert (found is None) == (expected is None)
     if found is not None and expected is not None:
-        assert torch.equal(found, expected.half().float())
+        torch.testing.assert_close(found, expected, rtol=2**-10, atol=1e-6)
 
 
 def test_the_lanes_read_encoded_rows(tmp_path: Path) -> None:
