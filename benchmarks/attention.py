@@ -8,15 +8,13 @@ process, on batches of nano's text-to-image and editing samples; what counts is 
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from machine import about, describe, write
+from machine import about, describe, options, read, write
 from torch import Tensor
 
 from openlance.config import nano
@@ -78,15 +76,10 @@ def measure(kind: str, count: int, repeats: int) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = options(__doc__, model=False, threads=1)
     parser.add_argument("--batch", type=int, default=40)
     parser.add_argument("--repeats", type=int, default=50)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--out", type=Path, help="JSON file")
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
+    args = read(parser)
     torch.manual_seed(0)
     machine = about(torch.device("cpu"))
     results = {kind: measure(kind, args.batch, args.repeats) for kind in ("text to image", "edit")}

@@ -9,13 +9,10 @@ counts is their ratio. Of pictures it is the time of denoising: the VAE decodes 
 
 from __future__ import annotations
 
-import argparse
 import statistics
 from collections.abc import Sequence
-from pathlib import Path
 
-import torch
-from machine import about, describe, write
+from machine import about, describe, options, read, write
 
 from openlance import LancePipeline
 from openlance.infer.orders import Order
@@ -43,19 +40,11 @@ def compare(lance: LancePipeline, orders: Sequence[Order], phase: str, repeats: 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--model", default="nano")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--threads", type=int)
+    parser = options(__doc__)
     parser.add_argument("--count", type=int, default=4)
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--out", type=Path, help="JSON file")
-    args = parser.parse_args()
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    args = read(parser)
     lance = LancePipeline.from_pretrained(args.model, device=args.device)
     prompts = [PROMPTS[index % len(PROMPTS)] for index in range(args.count)]
     make = lance.order

@@ -13,16 +13,14 @@ compiled in turns; differences are to eager velocities, over their largest.
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import time
 from copy import copy
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
-from machine import about, describe, write
+from machine import about, describe, options, read, write
 from torch import Tensor
 
 from openlance import LancePipeline
@@ -39,12 +37,12 @@ def compiled(way: str) -> Through:
     """A compiled way through the layers."""
     if way == "layers":
         return by_layer()
-    options: dict[str, Any] = {"freezing": True} if way == "frozen" else {}
+    chosen: dict[str, Any] = {"freezing": True} if way == "frozen" else {}
 
     def whole(stack: Stack, halves: Halves) -> Halves:
         return stack.run(halves)
 
-    return torch.compile(whole, options=options)
+    return torch.compile(whole, options=chosen)
 
 
 def by_layer() -> Through:
@@ -113,20 +111,12 @@ def measure(lance: LancePipeline, way: str, side: int | None, rounds: int) -> li
 
 @torch.inference_mode()
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--model", default="nano")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser = options(__doc__)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--threads", type=int)
     parser.add_argument("--side", type=int, help="of the picture, in pixels; default: the checkpoint's")
     parser.add_argument("--ways", choices=WAYS, nargs="+", default=["whole", "layers"])
     parser.add_argument("--rounds", type=int, default=30)
-    parser.add_argument("--out", type=Path, help="JSON file")
-    args = parser.parse_args()
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    args = read(parser)
     dtype = getattr(torch, args.dtype)
     lance = LancePipeline.from_pretrained(args.model, device=args.device, dtype=dtype)
     rows = [row for way in args.ways for row in measure(lance, way, args.side, args.rounds)]

@@ -8,16 +8,14 @@ checkpoint says otherwise; dB is PSNR of bfloat16's pixels against float32's, fr
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
-from machine import about, describe, write
+from machine import about, describe, options, read, write
 from solvers import PROMPTS, apart, latents, pixels, targets
 
 from openlance import LancePipeline
@@ -106,17 +104,11 @@ def changed(models: dict[str, LancePipeline], pictures: int) -> dict[str, Any]:
 
 @torch.inference_mode()
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = options(__doc__, model=False)
     parser.add_argument("--model", default="nano")
-    parser.add_argument("--threads", type=int)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--pictures", type=int, default=8)
-    parser.add_argument("--out", type=Path, help="JSON file")
-    args = parser.parse_args()
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    args = read(parser)
     models = {
         name: LancePipeline.from_pretrained(args.model, device="cpu", dtype=dtype)
         for name, dtype in DTYPES.items()

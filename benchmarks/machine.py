@@ -1,7 +1,8 @@
-"""What a measurement was made on: commit, hardware, versions; and how results are kept."""
+"""What measurements share: their options, what they were made on, and how results are kept."""
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
@@ -12,6 +13,29 @@ from typing import Any
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
+
+
+def options(
+    description: str | None, *, model: bool = True, threads: int | None = None
+) -> argparse.ArgumentParser:
+    """A parser with --threads and --out and, where a model is asked for, --model and --device."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    if model:
+        parser.add_argument("--model", default="nano")
+        parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--threads", type=int, default=threads, help="of PyTorch; default: %(default)s")
+    parser.add_argument("--out", type=Path, help="JSON file")
+    return parser
+
+
+def read(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """What was given; PyTorch has as many threads as it says from here on."""
+    args = parser.parse_args()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    return args
 
 
 def about(device: torch.device) -> dict[str, Any]:

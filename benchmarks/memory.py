@@ -10,15 +10,13 @@ with what the host itself needs (pictures, pixels on their way). Results must no
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import torch
-from machine import about, describe, write
+from machine import about, describe, options, read, write
 
 from openlance import LancePipeline
 from openlance.config import ModelConfig, lance_3b
@@ -100,15 +98,9 @@ def plans(estimator: Estimator, task: Task) -> list[Plan]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = options(__doc__, model=False)
     parser.add_argument("--side", type=int, default=256, help="of the pictures, in pixels")
-    parser.add_argument("--threads", type=int)
-    parser.add_argument("--out", type=Path, help="JSON file")
-    args = parser.parse_args()
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    args = read(parser)
     config, tokenizer = small(args.side)
     estimator, rows = Estimator(config), []
     print(f"{config.backbone.layers} layers, pictures {args.side}²; {describe(about(CPU))}\n")

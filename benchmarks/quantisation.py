@@ -18,12 +18,11 @@ import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from machine import about, describe, write
+from machine import about, describe, options, read, write
 from torch import Tensor
 
 from openlance import LancePipeline
@@ -167,12 +166,7 @@ def table(results: dict[str, dict[str, float | str]]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--model", default="nano")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--threads", type=int)
+    parser = options(__doc__)
     parser.add_argument("--schemes", nargs="+", default=list(SCHEMES))
     parser.add_argument("--questions", type=int, default=40)
     parser.add_argument("--pictures", type=int, default=6)
@@ -180,10 +174,7 @@ def main() -> None:
     parser.add_argument("--judge", type=int, default=30, help="of each part; 0: none")
     parser.add_argument("--parts", nargs="+", default=["one", "questions"])
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--out", type=Path, help="JSON file")
-    args = parser.parse_args()
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    args = read(parser)
     reference = Reference(args)
     results = {"bfloat16": reference.row(reference.lance)}
     print(results, flush=True)

@@ -11,15 +11,13 @@ nano-bench's parts "one" and "two".
 
 from __future__ import annotations
 
-import argparse
 import math
 import statistics
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
-from machine import about, describe, write
+from machine import about, describe, options, read, write
 from torch import Tensor
 
 from openlance import LancePipeline
@@ -104,21 +102,13 @@ def judged(lance: LancePipeline, count: int, **settings: object) -> dict[str, fl
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--model", default="nano")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--threads", type=int)
+    parser = options(__doc__)
     parser.add_argument("--pictures", type=int, default=8)
     parser.add_argument("--steps", type=int, nargs="+", default=[5, 8, 10, 15, 20, 30])
     parser.add_argument("--shifts", type=float, nargs="+", help="default: the checkpoint's")
     parser.add_argument("--judge-steps", type=int, nargs="*", default=[4, 8])
     parser.add_argument("--judged", type=int, default=20, help="pictures a part of nano-bench")
-    parser.add_argument("--out", type=Path, help="JSON file")
-    args = parser.parse_args()
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    args = read(parser)
     lance = LancePipeline.from_pretrained(args.model, device=args.device)
     shifts = args.shifts or [lance.config.sampling.shift]
     rows = compare(lance, targets(lance, args.pictures), args.steps, shifts)

@@ -10,16 +10,13 @@ reuse, as in solvers.py; "no guidance" is how far that would be, for scale.
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import time
 from dataclasses import replace
 from itertools import product
-from pathlib import Path
 from typing import Any
 
-import torch
-from machine import about, describe, write
+from machine import about, describe, options, read, write
 from solvers import apart, judged, latents, pixels, targets
 
 from openlance import LancePipeline
@@ -48,22 +45,14 @@ def speed(lance: LancePipeline, given: list[Target], config: SamplingConfig, rep
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--model", default="nano")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--threads", type=int)
+    parser = options(__doc__)
     parser.add_argument("--pictures", type=int, default=8)
     parser.add_argument("--steps", type=int, help="default: the checkpoint's")
     parser.add_argument("--reuse", type=float, nargs="+", default=[0.05, 0.1, 0.15, 0.2, 0.3])
     parser.add_argument("--orders", type=int, nargs="+", default=[0, 1], help="of reuse")
     parser.add_argument("--repeats", type=int, default=3, help="of the times; 0: none")
     parser.add_argument("--judged", type=int, default=20, help="pictures a part of nano-bench; 0: none")
-    parser.add_argument("--out", type=Path, help="JSON file")
-    args = parser.parse_args()
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    args = read(parser)
     lance = LancePipeline.from_pretrained(args.model, device=args.device)
     given, base = targets(lance, args.pictures), lance.config.sampling
     base = replace(base, steps=args.steps or base.steps)

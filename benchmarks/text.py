@@ -11,15 +11,13 @@ gave: it depends on what is said, and not on the machine. All ways say the same 
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
-from machine import about, describe, write
+from machine import about, describe, options, read, write
 
 from openlance import LancePipeline
 from openlance.infer.bench import now
@@ -105,18 +103,10 @@ def measure(text: Text, repeats: int, clock: Callable[[], float]) -> list[dict[s
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--model", default="nano")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--threads", type=int)
+    parser = options(__doc__)
     parser.add_argument("--words", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--out", type=Path, help="JSON file")
-    args = parser.parse_args()
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    args = read(parser)
     lance = LancePipeline.from_pretrained(args.model, device=args.device)
     device = lance.model.device
     clock = time.process_time if device.type == "cpu" else lambda: now(device)

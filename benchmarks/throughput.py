@@ -10,17 +10,15 @@ large matrix product reaches in the same dtype on the same device. Times are med
 
 from __future__ import annotations
 
-import argparse
 import resource
 import statistics
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import torch
-from machine import about, describe, write
+from machine import about, describe, options, read, write
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -166,21 +164,15 @@ def table(results: dict[str, Result]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = options(__doc__, model=False)
     parser.add_argument("--preset", default="nano")
     parser.add_argument("--layers", type=int, help="cut the backbone down to this many")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"))
-    parser.add_argument("--threads", type=int)
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--batch", type=int, default=8, help="samples of a training batch")
     parser.add_argument("--no-video", action="store_true")
-    parser.add_argument("--out", type=Path, help="JSON file")
-    args = parser.parse_args()
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    args = read(parser)
     torch.manual_seed(0)
     device = torch.device(args.device)
     dtype = getattr(torch, args.dtype or ("bfloat16" if device.type == "cuda" else "float32"))

@@ -9,7 +9,6 @@ amx_bf16.
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -19,7 +18,7 @@ from statistics import median
 from tempfile import TemporaryDirectory
 
 import torch
-from machine import about, describe, write
+from machine import about, describe, options, read, write
 
 from openlance.model.checkpoint import find_release, load_model
 from openlance.train.checkpoint import Checkpoints
@@ -81,17 +80,13 @@ def measure(runs: dict[str, Run], rounds: int) -> Iterator[tuple[str, float, lis
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = options(__doc__, model=False, threads=1)
     parser.add_argument(
         "--parts", type=Path, default=Path("runs/nano-parts"), help="made where there are none"
     )
     parser.add_argument("--tokens", type=int, default=4200, help="of a pack")
     parser.add_argument("--rounds", type=int, default=8, help="steps of each")
-    parser.add_argument("--out", type=Path, help="keep the numbers here, as JSON")
-    args = parser.parse_args()
-    torch.set_num_threads(1)
+    args = read(parser)
     small = NanoRecipe(items=(400, 200, 50, 20, 50, 50, 50, 10, 100))
     parts = make_parts(args.parts, small, release=find_release("nano", None))
     machine = about(torch.device("cpu"))

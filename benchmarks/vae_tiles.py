@@ -9,12 +9,11 @@ tensors.
 
 from __future__ import annotations
 
-import argparse
 import time
 from pathlib import Path
 
 import torch
-from machine import about, describe, write
+from machine import about, describe, options, read, write
 from torch import Tensor
 
 from openlance.data.media import as_frames, load_media, resize_to_bucket, to_vae_pixels
@@ -48,18 +47,12 @@ def psnr(found: Tensor, whole: Tensor) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = options(__doc__, model=False)
     parser.add_argument("media", type=Path)
     parser.add_argument("--resolution", type=int, default=320, help="side of the square of equal area")
     parser.add_argument("--frames", type=int, default=9)
     parser.add_argument("--side", type=int, default=12, help="of a tile, in latent cells")
-    parser.add_argument("--threads", type=int)
-    parser.add_argument("--out", type=Path, help="JSON file")
-    args = parser.parse_args()
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    args = read(parser)
     release = find_release("nano")
     vae = load_vae(release, read_config(release, Tokenizer.load(release.folder))).eval()
     frames = as_frames(load_media(args.media))[: args.frames]
