@@ -220,14 +220,17 @@ class Denoising:
         self._seen = (state, velocity, t)
         return velocity
 
+    def _chosen(self, guided: bool) -> dict[int, Branch]:
+        """Of the targets that run: all their branches, or the conditional ones, by stream."""
+        return {
+            stream: branch
+            for stream, branch in enumerate(self.branches)
+            if branch.number in self.running and (guided or branch.kind == 0)
+        }
+
     def _pass(self, guided: bool) -> Pass:
-        """Of the targets that run: all their branches, or the conditional ones."""
         if guided not in self._passes:
-            chosen = {
-                stream: branch
-                for stream, branch in enumerate(self.branches)
-                if branch.number in self.running and (guided or branch.kind == 0)
-            }
+            chosen = self._chosen(guided)
             rows = torch.cat([self._rows[branch.number] for branch in chosen.values()])
             self._passes[guided] = Pass(self.model, self.space, list(chosen), list(chosen.values()), rows)
         return self._passes[guided]

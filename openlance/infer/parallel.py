@@ -107,11 +107,7 @@ class GuidanceParallel(Denoising):
 
     def _pass(self, guided: bool) -> Pass:
         if guided not in self._passes:
-            chosen = {
-                stream: branch
-                for stream, branch in enumerate(self.branches)
-                if branch.number in self.running and (guided or branch.kind == 0)
-            }
+            chosen = self._chosen(guided)
             sizes = {number: self.targets[number].segment.inner for number in self.running}
             exchange = Exchange(self.group, len({branch.kind for branch in chosen.values()}), sizes)
             own = [(stream, branch) for stream, branch in chosen.items() if exchange.owns(branch.kind)]
@@ -218,8 +214,7 @@ class TokenParallel(Denoising):
         if guided not in self._passes:
             single = [
                 TokenPass(self.model, self.space, [stream], [branch], self._rows[branch.number], self.group)
-                for stream, branch in enumerate(self.branches)
-                if branch.number in self.running and (guided or branch.kind == 0)
+                for stream, branch in self._chosen(guided).items()
             ]
             self._passes[guided] = OneByOne(single)
         return self._passes[guided]
