@@ -192,11 +192,14 @@ def _take_parts(release: Release, folder: Path) -> None:
     tokenizer = Tokenizer.load(release.folder)
     config = read_config(release, tokenizer)
     model, vae = load_model(release, config, parts={"und", "vision"}), load_vae(release, config)
+    if not (folder / VAE_WEIGHTS).exists():
+        write_vae_config(config.vae, folder)
     for name, part in ((VISION, model.vision), (VAE_WEIGHTS, vae)):
         state = {key: value.contiguous() for key, value in part.state_dict().items()}
         if not (folder / name).exists():
-            write_vae_config(config.vae, folder)
-            save_file(state, folder / name)
+            draft = (folder / name).with_suffix(".draft")
+            save_file(state, draft)
+            os.replace(draft, folder / name)
         elif not _same(state, load_file(folder / name)):
             raise InputError(
                 f"{folder / name}: is not of {release.root}: give another folder, with --parts, or remove it"

@@ -56,17 +56,8 @@ STORIES = replace(CLIPS, count_weights=(0.0, 1.0), times=("early", "late"))
 CLIP_KINDS = ("motion", "color", "shape", "count", "ground")
 # Those that take longest to learn come twice.
 IMAGE_KINDS = (
-    "color",
-    "shape",
-    "size",
-    "place",
-    "count",
-    "relation",
-    "relation",
-    "exists",
-    "exists",
-    "ground",
-)
+    "color", "shape", "size", "place", "count", "relation", "relation", "exists", "exists", "ground"
+)  # fmt: skip
 WRITTEN_KINDS = ("text", "text", "lettering", "count", "row")
 
 Drawn = tuple[tuple[Scene, ...], tuple[str, ...]]

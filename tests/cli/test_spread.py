@@ -10,6 +10,7 @@ import subprocess
 import sys
 import termios
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -84,6 +85,7 @@ def test_what_ends_one_ends_all(run: Run, tiny_checkpoint: Path, how: str) -> No
         command(2, [*ENDLESS, "--spread", "guidance"], tiny_checkpoint), env=ENVIRONMENT, stderr=theirs
     )
     os.close(theirs)
+    workers: list[int] = []
     try:
         assert shown(ours, until=b"/1000000")
         workers = workers_of(launcher.pid)
@@ -98,6 +100,9 @@ def test_what_ends_one_ends_all(run: Run, tiny_checkpoint: Path, how: str) -> No
         assert not any(Path(f"/proc/{worker}").exists() for worker in workers)
         assert list(Path().iterdir()) == []
     finally:
+        for worker in {*workers, *workers_of(launcher.pid)}:
+            with suppress(ProcessLookupError):
+                os.kill(worker, signal.SIGKILL)
         launcher.kill()
         os.close(ours)
 
