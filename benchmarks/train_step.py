@@ -4,7 +4,7 @@ Matrices of weights by Muon, as `nano-ct` has it. In bfloat16 the weights stay f
 iterations, are in bfloat16. What that brings depends on the processor: whether `lscpu` lists avx512_bf16 or
 amx_bf16.
 
-    python benchmarks/train_step.py --parts runs/nano-parts
+    python benchmarks/train_step.py
 """
 
 from __future__ import annotations
@@ -82,7 +82,10 @@ def measure(runs: dict[str, Run], rounds: int) -> Iterator[tuple[str, float, lis
 def main() -> None:
     parser = options(__doc__, model=False, threads=1)
     parser.add_argument(
-        "--parts", type=Path, default=Path("runs/nano-parts"), help="made where there are none"
+        "--parts",
+        type=Path,
+        default=Path("runs/bundled-parts"),
+        help="of the bundled model; made where there are none",
     )
     parser.add_argument("--tokens", type=int, default=4200, help="of a pack")
     parser.add_argument("--rounds", type=int, default=8, help="steps of each")
