@@ -107,8 +107,10 @@ class Visit:
             time.sleep(0.1)
         return int(line.split()[-1])
 
-    def download(self) -> bytes:
-        """The file of the result that is chosen below the tabs."""
+    def download(self, seed: int) -> bytes:
+        """The file of the result that is chosen below the tabs, once that is the one of this seed: results
+        are listed after the tab has said that they are done."""
+        self.see(self.page.locator("p[role=status]").filter(has_text=f"· seed {seed}")).wait_for()
         with self.page.expect_download() as coming:
             self.see(self.page.get_by_text("Download", exact=True)).click()
         return Path(coming.value.path()).read_bytes()
@@ -147,7 +149,7 @@ def test_a_picture_by_keyboard_its_seed_and_its_file(visit: Visit, browser: Any,
     assert visit.field("Seed").input_value() == str(seed)
     shown = visit.see(visit.page.locator(".grid-wrap img"))
     assert shown.evaluate("image => [image.naturalWidth, image.naturalHeight]") == [96, 96]
-    data = visit.download()
+    data = visit.download(seed)
     settings = read_settings(data)
     assert Image.open(BytesIO(data)).size == (96, 96)
     assert (settings["prompt"], settings["seed"], settings["sampling"]["steps"]) == (WORDS, seed, 3)
@@ -164,7 +166,7 @@ def test_the_same_seed_gives_the_same_picture_and_a_file_its_settings(visit: Vis
     visit.field("Prompt").fill(WORDS)
     visit.press("Generate")
     first = visit.done()
-    picture = visit.download()
+    picture = visit.download(first)
     line = visit.said("done in")
     visit.press("Generate")
     assert visit.done(line) != first
@@ -181,7 +183,7 @@ def test_the_same_seed_gives_the_same_picture_and_a_file_its_settings(visit: Vis
     assert visit.field("Same seed").is_checked()
     visit.press("Generate")
     assert visit.done() == first
-    assert Image.open(BytesIO(visit.download())).tobytes() == Image.open(BytesIO(picture)).tobytes()
+    assert Image.open(BytesIO(visit.download(first))).tobytes() == Image.open(BytesIO(picture)).tobytes()
 
 
 def test_a_preview_and_cancel(visit: Visit) -> None:
@@ -239,8 +241,7 @@ def test_a_clip_is_edited_and_asked_about(visit: Visit) -> None:
     visit.shows("goes on from turn 0")
     visit.field("Instruction").fill("make the square red")
     visit.press("Edit")
-    visit.done()
-    assert read_settings(visit.download())["task"] == "video_edit"
+    assert read_settings(visit.download(visit.done()))["task"] == "video_edit"
     visit.press("Ask about this")
     visit.see(visit.page.get_by_role("tab", name="Ask", selected=True)).wait_for()
     visit.ask("")
@@ -258,7 +259,7 @@ def test_animate_shows_a_clip(visit: Visit) -> None:
     clip = visit.see(visit.tab.locator("video"))
     visit.page.wait_for_function("clip => clip.readyState >= 2", arg=clip.element_handle())
     assert clip.evaluate("clip => [clip.videoWidth, clip.videoHeight]") == [96, 96]
-    settings = read_settings(visit.download())
+    settings = read_settings(visit.download(seed))
     assert (settings["task"], settings["frames"], settings["seed"]) == ("i2v", 9, seed)
 
 
@@ -273,8 +274,8 @@ def test_a_result_becomes_a_subject(visit: Visit) -> None:
     visit.field("number input for Number").fill("2")
     visit.field("Prompt").fill("the circle at the bottom on black")
     visit.press("Draw")
-    visit.said(" to ")
-    settings = read_settings(visit.download())
+    last = int(visit.said(" to ").split()[-1])
+    settings = read_settings(visit.download(last))
     assert (settings["task"], settings["prompt"]) == ("subject_image", "the circle at the bottom on black")
     assert visit.page.locator(".results .grid-wrap img").count() == 3
 
