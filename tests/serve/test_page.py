@@ -107,10 +107,17 @@ class Visit:
             time.sleep(0.1)
         return int(line.split()[-1])
 
-    def download(self, seed: int) -> bytes:
-        """The file of the result that is chosen below the tabs, once that is the one of this seed: results
-        are listed after the tab has said that they are done."""
+    def listed(self, seed: int) -> None:
+        """Wait until the result of this seed is listed below the tabs, which is after the tab has said that it
+        is done, and until its picture is there: what stands below it moves until then."""
         self.see(self.page.locator("p[role=status]").filter(has_text=f"· seed {seed}")).wait_for()
+        self.page.wait_for_function(
+            "[...document.querySelectorAll('.results .grid-wrap img')].every(image => image.naturalWidth)"
+        )
+
+    def download(self, seed: int) -> bytes:
+        """The file of the result that is chosen below the tabs, once that is the one of this seed."""
+        self.listed(seed)
         with self.page.expect_download() as coming:
             self.see(self.page.get_by_text("Download", exact=True)).click()
         return Path(coming.value.path()).read_bytes()
@@ -267,7 +274,7 @@ def test_a_result_becomes_a_subject(visit: Visit) -> None:
     visit.set(steps=2)
     visit.field("Prompt").fill(WORDS)
     visit.press("Generate")
-    visit.done()
+    visit.listed(visit.done())
     visit.press("Use as subject")
     visit.see(visit.page.get_by_role("tab", name="Subject", selected=True)).wait_for()
     visit.set(steps=2)

@@ -21,6 +21,7 @@ from openlance.serve.page.session import Item, Session
 from openlance.serve.security import plain_text
 from openlance.serve.settings import ServeConfig
 
+_PLACE = "ask"
 _TOKENS = 256  # of an answer, until the visitor says otherwise
 
 
@@ -61,32 +62,47 @@ class AskTab:
 
     def _wire(self) -> None:
         session = self.page.session
-        self.box.submit(
-            self._answer, {session, self.box, self.tokens, self.temperature},
-            [self.chat, self.box, self.said, self.stop], **QUIET,
+        asked = self.box.submit(
+            self._take_up, [session, self.box], [self.box, self.said], trigger_mode="multiple", **QUIET
+        )
+        asked.then(
+            self._answer, {session, self.tokens, self.temperature},
+            [self.chat, self.box, self.said, self.stop], trigger_mode="multiple", **QUIET,
         )  # fmt: skip
         self.stop.click(self._stop, session, queue=False, **QUIET)
         gr.on([self.clear.click, self.chat.clear], self._clear, session, [self.chat, self.said], **QUIET)
 
+    async def _take_up(self, session: Session, box: dict[str, Any]) -> dict[Any, Any]:
+        """Take the question out of its box, for `_answer`."""
+        if _PLACE in session.busy:
+            return {self.said: gr.skip()}
+        try:
+            session.asked = await self._question(session, box), box
+        except InputError as error:
+            return {self.said: warn(str(error))}
+        session.busy.add(_PLACE)
+        return {self.box: None, self.said: note("sending …", busy=True)}
+
     async def _answer(self, values: Values) -> AsyncGenerator[dict[Any, Any], None]:
         session, engine = values[self.page.session], self.page.engine
-        before, asked = session.talk, values[self.box]
-        try:
-            question = await self._question(session, asked)
-            request = await self._request([*before, question], values)
-        except InputError as error:
-            yield {self.said: warn(str(error))}
+        if session.asked is None:
+            yield {self.said: gr.skip()}
             return
-        yield {self.box: None, self.stop: gr.Button(interactive=True)}
-        talk, said, watched = before, "", list[Watched]()
+        (question, box), session.asked = session.asked, None
+        before = session.talk
+        talk, watched = before, list[Watched]()
         try:
-            async with aclosing(follow(engine, session, "ask", [request])) as states:
+            request = await self._request([*before, question], values)
+            async with aclosing(follow(engine, session, _PLACE, [request])) as states:
                 async for watched in states:
                     talk = [*before, question, {"role": "assistant", "content": watched[0].text}]
-                    yield {self.chat: talk, self.said: _state(watched[0], engine.waiting)}
+                    said = _state(watched[0], engine.waiting)
+                    yield {self.chat: talk, self.said: said, self.stop: gr.Button(interactive=True)}
             said = _ending(watched[0])
-        except (Busy, JobError) as error:
+        except (InputError, Busy, JobError) as error:
             said = warn(str(error))
+        finally:
+            session.busy.discard(_PLACE)
         answered = bool(watched) and bool(watched[0].outcome or watched[0].text)
         if answered and session.talk is before:  # not cleared meanwhile
             session.talk = talk
@@ -94,7 +110,7 @@ class AskTab:
             self.chat: session.talk,
             self.said: said,
             self.stop: gr.Button(interactive=False),
-            self.box: gr.skip() if answered else asked,
+            self.box: gr.skip() if answered else box,
         }
 
     async def _question(self, session: Session, box: dict[str, Any]) -> dict[str, Any]:
@@ -117,10 +133,10 @@ class AskTab:
         return Request("chat", {"messages": messages, **options}, streamed=True)
 
     async def _stop(self, session: Session) -> None:
-        await session.cancel("ask")
+        await session.cancel(_PLACE)
 
     async def _clear(self, session: Session) -> tuple[list[Any], str]:
-        await session.cancel("ask")
+        await session.cancel(_PLACE)
         session.talk = []
         return [], ""
 

@@ -55,6 +55,9 @@ async def follow(
 
     All are accepted, or none: raises Busy and JobError as `Engine.submit` does. Who stops listening stops
     the jobs. place: the tab, under which the session knows them.
+
+    An event that yields these on to a browser should say each time all that it has to say: of two states that
+    arrive together Gradio's client shows the second alone, for it changes the first by their difference.
     """
     jobs = session.running[place] = submit(engine, requests)
     watched, changed = [Watched(job) for job in jobs], asyncio.Event()

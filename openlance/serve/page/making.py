@@ -45,7 +45,12 @@ class Making:
 
         async def run(values: Values) -> AsyncGenerator[dict[Any, Any], None]:
             session = values[page.session]
-            yield {self.progress: note("sending …", busy=True), self.stop: gr.Button(interactive=True)}
+            if self.place in session.busy:  # clicked twice
+                yield {self.progress: gr.skip()}
+                return
+            session.busy.add(self.place)
+            shown = {self.progress: note("sending …", busy=True), self.stop: gr.Button(interactive=True)}
+            yield shown
             try:
                 options = sampling.read(values)
                 requests = [
@@ -56,14 +61,16 @@ class Making:
                     )
                     for request in await prepare(session, values, options)
                 ]
+                async with aclosing(self._carry_out(session, requests)) as states:
+                    async for said, items in states:
+                        shown |= {self.progress: said, **(show(session, items) if items else {})}
+                        yield shown
+                shown[sampling.seed] = options["seed"]
             except InputError as error:
-                yield {self.progress: warn(str(error)), self.stop: gr.Button(interactive=False)}
-                return
-            yield {sampling.seed: options["seed"]}
-            async with aclosing(self._carry_out(session, requests)) as states:
-                async for said, items in states:
-                    yield {self.progress: said, **(show(session, items) if items else {})}
-            yield {self.stop: gr.Button(interactive=False)}
+                shown[self.progress] = warn(str(error))
+            finally:
+                session.busy.discard(self.place)
+            yield {**shown, self.stop: gr.Button(interactive=False)}
 
         async def stop(session: Session) -> None:
             await session.cancel(self.place)
@@ -73,7 +80,7 @@ class Making:
             [self.button.click, self.prompt.box.submit], run,
             {page.session, self.prompt.box} | sampling.inputs | inputs,
             [self.progress, self.stop, sampling.seed, *outputs],
-            **QUIET,
+            trigger_mode="multiple", **QUIET,
         )  # fmt: skip
 
     async def _carry_out(

@@ -21,7 +21,7 @@ class Results:
 
     def __init__(self, page: Page, tabs: gr.Tabs):
         self.page, self.tabs = page, tabs
-        with gr.Column(visible=False) as self.whole:
+        with gr.Column(visible="hidden") as self.whole:
             gr.Markdown("## Results of this visit")
             self.gallery = gr.Gallery(
                 label="The newest first", columns=4, height="max-content", object_fit="contain",
@@ -62,7 +62,7 @@ class Results:
 
     def _show(self, session: Session) -> dict[Any, Any]:
         if not session.items:
-            return {self.whole: gr.Column(visible=False)}
+            return {self.whole: gr.Column(visible="hidden")}
         item = session.items[session.chosen]
         return {
             self.whole: gr.Column(visible=True),

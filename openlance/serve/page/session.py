@@ -50,8 +50,8 @@ class Turn:
 
 class Session:
     """items: results, the newest first; chosen: the one looked at. turns: of the edit; turn: where the next
-    goes on; basis: where the one that runs began. talk: the conversation, as the chatbot shows it. running:
-    jobs by the tab that wants them."""
+    goes on; basis: where the one that runs began. talk: the conversation, as the chatbot shows it. asked: the
+    turn to answer next, and what the box held. busy: tabs that are at work; running: their jobs."""
 
     def __init__(self) -> None:
         self.items: list[Item] = []
@@ -59,6 +59,8 @@ class Session:
         self.turns: list[Turn] = []
         self.turn = self.basis = 0
         self.talk: list[dict[str, Any]] = []
+        self.asked: tuple[dict[str, Any], dict[str, Any]] | None = None
+        self.busy: set[str] = set()
         self.running: dict[str, list[Job]] = {}
         self._folder: TemporaryDirectory | None = None
         self._files = 0
