@@ -108,8 +108,8 @@ class Visit:
         return int(line.split()[-1])
 
     def listed(self, seed: int) -> None:
-        """Wait until the result of this seed is listed below the tabs, which is after the tab has said that it
-        is done, and until its picture is there: what stands below it moves until then."""
+        """Wait until the result of this seed is listed below the tabs, after the tab has said that it is
+        done, and until its picture is there: what stands below it moves until then."""
         self.see(self.page.locator("p[role=status]").filter(has_text=f"· seed {seed}")).wait_for()
         self.page.wait_for_function(
             "[...document.querySelectorAll('.results .grid-wrap img')].every(image => image.naturalWidth)"

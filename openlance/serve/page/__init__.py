@@ -32,6 +32,7 @@ _CSS = """
 .tab-container button { padding-inline: 0.6rem }
 .progress progress { width: 100%; accent-color: var(--color-accent) }
 .progress [role="alert"] { color: var(--error-text-color) }
+.nothing { display: none }
 .results .grid-wrap { max-height: 60vh }
 .progress img { width: min(45%, 12rem); margin: 0 0.5rem 0.5rem 0; image-rendering: pixelated }
 @media (max-width: 640px) { .bench > .column { display: contents } .later { order: 1 } }

@@ -21,7 +21,7 @@ class Results:
 
     def __init__(self, page: Page, tabs: gr.Tabs):
         self.page, self.tabs = page, tabs
-        with gr.Column(visible="hidden") as self.whole:
+        with gr.Column(elem_classes="nothing") as self.whole:  # there from the start
             gr.Markdown("## Results of this visit")
             self.gallery = gr.Gallery(
                 label="The newest first", columns=4, height="max-content", object_fit="contain",
@@ -62,10 +62,10 @@ class Results:
 
     def _show(self, session: Session) -> dict[Any, Any]:
         if not session.items:
-            return {self.whole: gr.Column(visible="hidden")}
+            return {self.words: gr.skip()}
         item = session.items[session.chosen]
         return {
-            self.whole: gr.Column(visible=True),
+            self.whole: gr.Column(elem_classes=[]),
             self.gallery: gr.Gallery(captioned(session.items), selected_index=session.chosen),
             self.words: note(item.caption),
             self.download: gr.DownloadButton(value=str(item.path)),
