@@ -16,6 +16,7 @@ from typing_extensions import Unpack
 from openlance.config import ModelConfig
 from openlance.data.media import Frames, Source, Video, from_vae_pixels
 from openlance.errors import InputError
+from openlance.infer.answer import OnText, answer_together, stream_answer
 from openlance.infer.conversation import Conversation
 from openlance.infer.generate import Cancelled, OnStep, Target, denoise_together
 from openlance.infer.load import load
@@ -32,7 +33,6 @@ from openlance.infer.orders import (
 from openlance.infer.plan import Plan
 from openlance.infer.prepare import Resolutions, Size, view
 from openlance.infer.result import Answer, Generated
-from openlance.infer.speak import Voice, speak, speak_together
 from openlance.infer.spread import Spread, join
 from openlance.infer.stream import TextStream
 from openlance.model.adapters import load_adapter, merge_adapters, set_adapter, unload_adapters
@@ -46,9 +46,6 @@ from openlance.tokenizer import Tokenizer
 
 Result = Generated | Answer | Cancelled
 """What an order comes to; `Cancelled` where the callback stopped it."""
-
-OnText = Callable[[int, str], bool | None]
-"""Called with the number of an order and what it says next; returning False ends the answer."""
 
 TOKENS_TOGETHER = 32_768
 """Of orders that run together: six pictures of 768 x 768 with guidance, say. The released shapes in bfloat16
@@ -281,15 +278,7 @@ class LancePipeline:
 
     def stream_order(self, order: AnswerOrder) -> TextStream:
         """Like `run` of one answering order, in pieces as they come."""
-        ids = speak(
-            self.model,
-            order.sample,
-            order.text,
-            allowed=self.tokenizer.size,
-            stop=self._ends,
-            generator=torch.Generator().manual_seed(order.seed),
-        )
-        return TextStream(ids, self.tokenizer, self._ends, order.text.stop)
+        return stream_answer(self.model, self.tokenizer, order)
 
     def conversation(self, system: str | None = None) -> Conversation:
         """A conversation that remembers its turns. system: replaces the checkpoint's prompt for answers."""
@@ -334,8 +323,10 @@ class LancePipeline:
         for group in together(orders, most):
             answers = [order for index in group if isinstance(order := orders[index], AnswerOrder)]
             targets = [order for index in group if isinstance(order := orders[index], GenerateOrder)]
+            found: Iterator[tuple[int, Result]]
             if answers:
-                found = self._answer(answers, _renumbered_text(on_text, group))
+                hear = _renumbered_text(on_text, group)
+                found = answer_together(self.model, self.tokenizer, answers, hear)
             else:
                 found = enumerate(self._generate(targets, _renumbered(on_step, group)))
             yield from ((group[place], result) for place, result in found)
@@ -382,38 +373,6 @@ class LancePipeline:
         seen = view(Video(frames, 1.0), resolutions, self.config, None)
         shown = replace(seen, latents=latents.cpu()).segments(Role.SOURCE)
         return (*order.turns, Message("assistant", tuple(shown), past=True))
-
-    @property
-    def _ends(self) -> frozenset[int]:
-        """Ids that end an answer."""
-        return frozenset({self.config.tokens.im_end, self.config.tokens.endoftext})
-
-    def _answer(self, orders: list[AnswerOrder], on_text: OnText | None) -> Iterator[tuple[int, Result]]:
-        """(index, answer), each as it ends."""
-        start = time.perf_counter()
-        voices = [Voice(o.sample, o.text, torch.Generator().manual_seed(o.seed)) for o in orders]
-        streams = {voice: TextStream((), self.tokenizer, self._ends, voice.config.stop) for voice in voices}
-        texts, number = dict.fromkeys(voices, ""), {voice: index for index, voice in enumerate(voices)}
-
-        def hear(voice: Voice, piece: str) -> None:
-            texts[voice] += piece
-            if on_text is not None and on_text(number[voice], piece) is False:
-                voice.ended, streams[voice].finish = True, "cancelled"
-
-        for said in speak_together(self.model, voices, allowed=self.tokenizer.size, stop=self._ends):
-            for voice in said:
-                stream, order = streams[voice], orders[number[voice]]
-                hear(voice, stream.push(voice.spoken[-1]))
-                voice.ended |= stream.finish == "stop"
-                if not voice.ended:
-                    continue
-                if stream.finish != "cancelled" and (rest := stream.rest()):
-                    hear(voice, rest)
-                seconds = {"answer": (time.perf_counter() - start) / len(orders)}
-                yield (
-                    number[voice],
-                    Answer(texts[voice], stream.tokens, stream.finish, dict(order.record), seconds),
-                )
 
 
 def _renumbered(on_step: OnStep | None, group: list[int]) -> OnStep | None:
