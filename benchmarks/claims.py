@@ -68,7 +68,8 @@ def one_run(
     config = replace(
         preset("nano-pt"),
         steps=steps,
-        optimizer="muon",
+        precision="float32",
+        ema=0.999,
         compile=True,
         learning_rate=1e-3,
         warmup=min(50, steps // 5),
