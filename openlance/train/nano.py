@@ -65,22 +65,23 @@ SYSTEM_PROMPTS: dict[str, str] = {
 
 # Shares of samples. Outlines come last and need most pictures, so drawing has most of the first stage.
 PRE_TRAINING: dict[str, float] = {
-    Task.T2I: 0.72,
-    Task.X2T_IMAGE: 0.11,
-    Task.IMAGE_EDIT: 0.12,
+    Task.T2I: 0.58,
+    "brief": 0.10,
+    Task.IMAGE_EDIT: 0.16,
     Task.SUBJECT_IMAGE: 0.01,
-    Task.T2V: 0.007,
-    Task.I2V: 0.013,
+    Task.X2T_IMAGE: 0.11,
     Task.X2T_VIDEO: 0.01,
+    Task.T2V: 0.01,
+    Task.I2V: 0.01,
     Task.VIDEO_EDIT: 0.01,
 }
 # Everything that the world holds; what takes longest to learn has most.
 CONTINUAL: dict[str, float] = {
-    Task.T2I: 0.26,
-    "brief": 0.12,
-    Task.IMAGE_EDIT: 0.28,
+    Task.T2I: 0.24,
+    "brief": 0.10,
+    Task.IMAGE_EDIT: 0.26,
     Task.SUBJECT_IMAGE: 0.02,
-    Task.X2T_IMAGE: 0.10,
+    Task.X2T_IMAGE: 0.16,
     Task.X2T_VIDEO: 0.02,
     Task.T2V: 0.03,
     Task.I2V: 0.04,

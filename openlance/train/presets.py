@@ -50,26 +50,26 @@ def fine_tuning_lora() -> TrainConfig:
 
 
 def nano_pre_training() -> TrainConfig:
-    """The bundled model on two CPU cores: pictures and words of the world."""
+    """The bundled model on two CPU cores: pictures and words of the world. In bfloat16, and the layers'
+    matrices by Muon."""
     return TrainConfig(
-        steps=5_000, stage="pre-training", lanes=2, tokens=1_400, learning_rate=1.5e-3, warmup=200,
-        ema=0.999, time_shift=3.0, drop_text=0.10, save_every=100, validate_every=500,
+        steps=1_800, stage="pre-training", lanes=2, tokens=4_200, optimizer="muon", precision="bfloat16",
+        learning_rate=2e-3, warmup=100, ema=0.998, time_shift=3.0, drop_text=0.10,
+        save_every=100, validate_every=200,
     )  # fmt: skip
 
 
 def nano_continual_training() -> TrainConfig:
-    """All tasks; in bfloat16, and the layers' matrices by Muon."""
+    """All tasks."""
     return replace(
-        nano_pre_training(),
-        steps=500, stage="continual training", tokens=4_200, optimizer="muon", precision="bfloat16",
-        warmup=50, ema=0.998, drop_text=0.05, drop_all=0.05,
-    )  # fmt: skip
+        nano_pre_training(), steps=500, stage="continual training", warmup=50, drop_text=0.05, drop_all=0.05
+    )
 
 
 def nano_fine_tuning() -> TrainConfig:
     """All tasks, with a rate that falls to zero; the seed is for other draws than before."""
     return replace(
-        nano_continual_training(), steps=1_000, stage="fine-tuning", schedule="linear", decay=1.0, seed=1
+        nano_continual_training(), steps=1_200, stage="fine-tuning", schedule="linear", decay=1.0, seed=1
     )
 
 
