@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ def scores(folder: Path, count: int, clips: int) -> dict[str, float]:
     """What the model that a stage has left can do."""
     lance = LancePipeline.from_pretrained(folder / "model")
     found = bench(lance, count=count, clips=clips, parts=PARTS)
-    motion = {name: value for name, value in found.pop("motion").items() if name != "questions"}
+    motion = {name: value for name, value in found.pop("motion").items() if name != "question"}
     return {part: values["all"] for part, values in found.items()} | {
         f"motion, {name}": value for name, value in motion.items()
     }
@@ -77,6 +78,8 @@ def main() -> None:
     parser.add_argument("--clips", type=int, default=10)
     parser.add_argument("--plot", type=Path, help="PNG file")
     args = read(parser)
+    if args.plot and find_spec("matplotlib") is None:
+        parser.error("--plot needs matplotlib: pip install matplotlib")
     found, ends = errors(args.stages)
     record: dict[str, Any] = {
         "machine": about(torch.device("cpu")),

@@ -50,7 +50,7 @@ def measure(lance: LancePipeline, count: int, clips: int, repeats: int) -> dict[
     scores = bench(lance, count=count, clips=clips, parts=PARTS)
     found = {f"{part}: {name}": scores[part][name] for part in ("one", "two") for name in ("all", "shape")}
     found |= {f"edits: {name}": scores["edits"][name] for name in ("all", "kept")}
-    moved = {f"motion: {name}": value for name, value in scores["motion"].items() if name != "questions"}
+    moved = {f"motion: {name}": value for name, value in scores["motion"].items()}
     return {"evaluations": evaluations(lance), "seconds": statistics.median(seconds[1:])} | found | moved
 
 
