@@ -21,9 +21,7 @@ OnText = Callable[[int, str], bool | None]
 def stream_answer(model: Lance, tokenizer: Tokenizer, order: AnswerOrder) -> TextStream:
     """What one order says, in pieces."""
     generator, stop = torch.Generator().manual_seed(order.seed), _ends(model)
-    ids = speak(
-        model, order.sample, order.text, allowed=tokenizer.size, stop=stop, generator=generator
-    )  # fmt: skip
+    ids = speak(model, order.sample, order.text, allowed=tokenizer.size, stop=stop, generator=generator)
     return TextStream(ids, tokenizer, stop, order.text.stop)
 
 

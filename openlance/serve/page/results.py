@@ -21,7 +21,7 @@ class Results:
 
     def __init__(self, page: Page, tabs: gr.Tabs):
         self.page, self.tabs = page, tabs
-        with gr.Column(elem_classes="nothing") as self.whole:  # there from the start
+        with gr.Column(elem_classes="nothing") as self.whole:  # built at once, and hidden
             gr.Markdown("## Results of this visit")
             self.gallery = gr.Gallery(
                 label="The newest first", columns=4, height="max-content", object_fit="contain",
