@@ -76,11 +76,14 @@ class AskTab:
         """Take the question out of its box, for `_answer`."""
         if _PLACE in session.busy:
             return {self.said: gr.skip()}
+        session.busy.add(_PLACE)
         try:
             session.asked = await self._question(session, box), box
         except InputError as error:
             return {self.said: warn(str(error))}
-        session.busy.add(_PLACE)
+        finally:
+            if session.asked is None:
+                session.busy.discard(_PLACE)
         return {self.box: None, self.said: note("sending …", busy=True)}
 
     async def _answer(self, values: Values) -> AsyncGenerator[dict[Any, Any], None]:

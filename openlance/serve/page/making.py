@@ -50,8 +50,8 @@ class Making:
                 return
             session.busy.add(self.place)
             shown = {self.progress: note("sending …", busy=True), self.stop: gr.Button(interactive=True)}
-            yield shown
             try:
+                yield shown
                 options = sampling.read(values)
                 requests = [
                     replace(
