@@ -37,7 +37,8 @@ class Visit:
         self.page.on("pageerror", lambda error: self.strange.append(str(error)))
         self.page.on("request", lambda request: self._asked(request.url, address))
         self.page.on("response", self._got)
-        self.page.goto(address, wait_until="networkidle")  # a click while it loads would go nowhere
+        with self.page.expect_response("**/queue/data*"):  # an event of its own: a click before goes nowhere
+            self.page.goto(address)
         self.see(self.page.get_by_role("tab", name="Generate")).wait_for()
         self.page.evaluate(FRAMES)
 
