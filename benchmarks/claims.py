@@ -23,6 +23,7 @@ import numpy as np
 import torch
 
 from openlance.config import MaPEConfig, ModelConfig
+from openlance.data.mixture import Schedule
 from openlance.eval.nano_bench import Scores
 from openlance.eval.nano_bench import run as bench
 from openlance.infer.pipeline import LancePipeline
@@ -30,11 +31,10 @@ from openlance.model.lance import Lance
 from openlance.sequence.template import Task
 from openlance.train.loop import Validation, train
 from openlance.train.nano import PRE_TRAINING, NanoParts, make_parts
-from openlance.train.nano_data import EncodedWorld, WorldFeed
+from openlance.train.nano_data import EncodedWorld, Shares, WorldFeed
 from openlance.train.parallel import Ranks
 from openlance.train.presets import preset
 
-Mixture = Mapping[Task, float]
 DRAWING = {task: PRE_TRAINING[task] for task in (Task.T2I, Task.T2V, Task.I2V)}
 ALL = {**PRE_TRAINING, Task.T2I: 0.5, Task.X2T_IMAGE: 0.2, Task.IMAGE_EDIT: 0.23}
 
@@ -43,7 +43,7 @@ ALL = {**PRE_TRAINING, Task.T2I: 0.5, Task.X2T_IMAGE: 0.2, Task.IMAGE_EDIT: 0.23
 class Variant:
     """A way to train. mape: with the offsets of the checkpoint, or without any."""
 
-    mixture: Mixture
+    mixture: Shares
     mape: bool = True
 
     def config(self, base: ModelConfig) -> ModelConfig:
@@ -80,8 +80,8 @@ def one_run(
         validate_every=steps,
     )
     feed = WorldFeed(
-        EncodedWorld(parts.folder, variant.mixture), parts.tokenizer.encode_with_offsets, parts.config,
-        config.lanes, config.tokens, Ranks(), seed,
+        EncodedWorld(parts.folder), Schedule.constant(variant.mixture), parts.tokenizer.encode_with_offsets,
+        parts.config, config.lanes, config.tokens, Ranks(), seed,
     )  # fmt: skip
     held_out = {name: packs for name, packs in parts.held_out(config).items() if name != "x2t_image"}
     weights = train(parts.new_model(seed), feed, config, folder, resume=True, validation=Validation(held_out))

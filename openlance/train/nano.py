@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from openlance.config import ModelConfig, nano
+from openlance.data.mixture import Schedule
 from openlance.errors import InputError
 from openlance.model.checkpoint import Release, load_model, load_vae, read_config
 from openlance.model.lance import Lance
@@ -27,6 +28,7 @@ from openlance.tokenizer import Tokenizer, train_tokenizer
 from openlance.train.nano_data import (
     KINDS,
     EncodedWorld,
+    Shares,
     WorldFeed,
     WorldPack,
     encode_features,
@@ -64,7 +66,7 @@ SYSTEM_PROMPTS: dict[str, str] = {
 }
 
 # Shares of samples. Outlines come last and need most pictures, so drawing has most of the first stage.
-PRE_TRAINING: dict[str, float] = {
+PRE_TRAINING: Shares = {
     Task.T2I: 0.58,
     "brief": 0.10,
     Task.IMAGE_EDIT: 0.16,
@@ -75,8 +77,8 @@ PRE_TRAINING: dict[str, float] = {
     Task.I2V: 0.01,
     Task.VIDEO_EDIT: 0.01,
 }
-# Everything that the world holds; what takes longest to learn has most.
-CONTINUAL: dict[str, float] = {
+# Everything that the world holds.
+CONTINUAL: Shares = {
     Task.T2I: 0.24,
     "brief": 0.10,
     Task.IMAGE_EDIT: 0.26,
@@ -92,10 +94,28 @@ CONTINUAL: dict[str, float] = {
     "turns": 0.04,
     "story": 0.01,
 }
-MIXTURES: dict[str, Mapping[str, float]] = {
-    "pre-training": PRE_TRAINING,
-    "continual training": CONTINUAL,
-    "fine-tuning": CONTINUAL,
+# More of what takes longest to learn: to tell two things apart.
+LATER: Shares = {
+    Task.T2I: 0.19,
+    "brief": 0.08,
+    Task.IMAGE_EDIT: 0.24,
+    Task.SUBJECT_IMAGE: 0.01,
+    Task.X2T_IMAGE: 0.12,
+    "pairs": 0.16,
+    Task.X2T_VIDEO: 0.03,
+    Task.T2V: 0.02,
+    Task.I2V: 0.03,
+    Task.VIDEO_EDIT: 0.01,
+    "boxes": 0.03,
+    "written": 0.01,
+    "several": 0.03,
+    "turns": 0.03,
+    "story": 0.01,
+}
+MIXTURES: dict[str, Schedule[Shares]] = {
+    "pre-training": Schedule.constant(PRE_TRAINING),
+    "continual training": Schedule(((0, CONTINUAL), (500, LATER))),
+    "fine-tuning": Schedule.constant(LATER),
 }
 HELD_OUT_TASKS = (Task.T2I, Task.IMAGE_EDIT, Task.X2T_IMAGE)
 HELD_OUT_PACKS = 2
@@ -131,24 +151,25 @@ class NanoParts:
         model.vision.load_state_dict(self.vision.state_dict())
         return model
 
-    def feed(
-        self, config: TrainConfig, ranks: Ranks, mixture: Mapping[str, float] | None = None
-    ) -> WorldFeed:
-        """The packs of a stage, by its own mixture or by another."""
-        mixture = MIXTURES[config.stage] if mixture is None else mixture
-        return self._feed(EncodedWorld(self.folder, mixture), config, ranks)
+    def feed(self, config: TrainConfig, ranks: Ranks) -> WorldFeed:
+        """The packs of a stage, by its own mixture."""
+        return self._feed(EncodedWorld(self.folder), MIXTURES[config.stage], config, ranks)
 
     def held_out(self, config: TrainConfig) -> dict[str, list[WorldPack]]:
         """Packs of items that training never sees, by task."""
-        worlds = {task: EncodedWorld(self.folder, {task: 1.0}, held_out=True) for task in HELD_OUT_TASKS}
-        return {
-            str(task): [self._feed(world, config, Ranks()).pack(n, 1, n) for n in range(HELD_OUT_PACKS)]
-            for task, world in worlds.items()
-        }
+        world = EncodedWorld(self.folder, held_out=True)
+        found: dict[str, list[WorldPack]] = {}
+        for task in HELD_OUT_TASKS:
+            alone: Shares = {task: 1.0}
+            feed = self._feed(world, Schedule.constant(alone), config, Ranks())
+            found[str(task)] = [feed.pack(n, alone, 1, n) for n in range(HELD_OUT_PACKS)]
+        return found
 
-    def _feed(self, world: EncodedWorld, config: TrainConfig, ranks: Ranks) -> WorldFeed:
+    def _feed(
+        self, world: EncodedWorld, mixture: Schedule[Shares], config: TrainConfig, ranks: Ranks
+    ) -> WorldFeed:
         encode = self.tokenizer.encode_with_offsets
-        return WorldFeed(world, encode, self.config, config.lanes, config.tokens, ranks, config.seed)
+        return WorldFeed(world, mixture, encode, self.config, config.lanes, config.tokens, ranks, config.seed)
 
 
 def make_parts(

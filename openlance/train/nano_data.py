@@ -18,6 +18,7 @@ from tqdm import tqdm
 from openlance.config import ModelConfig
 from openlance.data.buckets import VIT_DIVISOR, resize_to_bucket, to_vae_pixels, to_vit_patches
 from openlance.data.frames import Frames
+from openlance.data.mixture import Schedule
 from openlance.data.tasks import Past, Row, View, to_sample
 from openlance.model.vae import VAE
 from openlance.model.vision import Vision
@@ -58,8 +59,11 @@ CLIP_KINDS = ("motion", "color", "shape", "count", "ground")
 IMAGE_KINDS = (
     "color", "shape", "size", "place", "count", "relation", "relation", "exists", "exists", "ground"
 )  # fmt: skip
+PAIR_KINDS = ("relation", "relation", "exists", "exists", "color", "shape", "place", "size")
 WRITTEN_KINDS = ("text", "text", "lettering", "count", "row")
 
+Shares = Mapping[str, float]
+"""Shares of samples: of tasks, and of the wide rows of `EncodedWorld`."""
 Drawn = tuple[tuple[Scene, ...], tuple[str, ...]]
 """Scenes, and the words that lead from each to the next where they follow one another, or to the one that is
 drawn of words alone."""
@@ -196,17 +200,17 @@ def draw(kind: Kind, index: int) -> Drawn:
 class EncodedWorld:
     """Rows drawn from encoded items.
 
-    mixture: weight of each task, and of each of the wide rows: "brief" (pictures of short prompts), "boxes"
-    (where things are), "written" (words in pictures: drawn, edited, read), "several" (questions about two or
-    three pictures), "turns" (conversations), "story" (clips of what comes first). held_out: only from the
-    items that are kept from training, one in `HELD_OUT`, the last of each kind; else from the others.
+    Beside the tasks there are wide rows: "brief" (pictures of short prompts), "pairs" (questions about one of
+    two things), "boxes" (where things are), "written" (words in pictures: drawn, edited, read), "several"
+    (questions about two or three pictures), "turns" (conversations), "story" (clips of what comes first).
+    held_out: only from the items that are kept from training, one in `HELD_OUT`, the last of each kind; else
+    from the others.
     """
 
-    def __init__(self, folder: Path, mixture: Mapping[str, float], *, held_out: bool = False):
+    def __init__(self, folder: Path, *, held_out: bool = False):
         self.held_out = held_out
-        self.tasks = list(mixture)
-        self.weights = np.array([mixture[t] for t in self.tasks]) / sum(mixture.values())
         self.wide: dict[str, Callable[[np.random.Generator, str], Row]] = {
+            "pairs": self._pairs,
             "boxes": self._boxes,
             "written": self._written,
             "several": self._several,
@@ -220,12 +224,13 @@ class EncodedWorld:
                 if (file := stored(folder, kind, what)).exists():
                     self.stored[kind.name, what] = load_file(file)["values"]
 
-    def rows(self, *seed: int) -> Iterator[Row]:
-        """Rows without end; the same for the same seed."""
+    def rows(self, shares: Shares, *seed: int) -> Iterator[Row]:
+        """Rows without end, mixed by their shares; the same for the same seed."""
+        tasks, weights = list(shares), np.array(list(shares.values()))
         rng = np.random.default_rng(seed)
         name = "-".join(map(str, seed))
         for number in itertools.count():
-            task = self.tasks[int(rng.choice(len(self.tasks), p=self.weights))]
+            task = tasks[int(rng.choice(len(tasks), p=weights / weights.sum()))]
             make = self.wide.get(task)
             row_id = f"{name}-{number}"
             yield make(rng, row_id) if make else self._row(Task(task), rng, row_id)
@@ -260,6 +265,13 @@ class EncodedWorld:
             return Row(name, task, "", answer=caption(scene, rng), sources=(view,))
         asked = question(scene, rng, CLIP_KINDS if task.video else IMAGE_KINDS)
         return Row(name, task, asked.question, answer=asked.answer, sources=(view,))
+
+    def _pairs(self, rng: np.random.Generator, name: str) -> Row:
+        while True:
+            (scene,), (view,), _ = self._item("image", rng)
+            if len(scene.things) > 1:
+                asked = question(scene, rng, PAIR_KINDS)
+                return Row(name, Task.X2T_IMAGE, asked.question, answer=asked.answer, sources=(view,))
 
     def _boxes(self, rng: np.random.Generator, name: str) -> Row:
         """Boxes in pixels of what the ViT sees, as the bundled model's questions have them."""
@@ -336,6 +348,7 @@ class WorldFeed:
     """
 
     world: EncodedWorld
+    mixture: Schedule[Shares]
     encode: Encode
     config: ModelConfig
     lanes: int
@@ -346,12 +359,12 @@ class WorldFeed:
     def packs(self, step: int) -> Iterator[WorldPack]:
         """The packs of this process."""
         for lane in range(self.ranks.data_rank, self.lanes, self.ranks.data_size):
-            yield self.pack(lane, self.seed, step, lane)
+            yield self.pack(lane, self.mixture.at(step), self.seed, step, lane)
 
-    def pack(self, lane: int, *seed: int) -> WorldPack:
-        """One pack, by the seed of its rows."""
+    def pack(self, lane: int, shares: Shares, *seed: int) -> WorldPack:
+        """One pack, by the shares and the seed of its rows."""
         pack, room = WorldPack(lane, [], []), self.tokens
-        for row in self.world.rows(*seed):
+        for row in self.world.rows(shares, *seed):
             sample = to_sample(row, self.encode, self.config)
             room -= sum(map(len, sample))
             if room < 0 and pack.samples:

@@ -62,7 +62,7 @@ def nano_pre_training() -> TrainConfig:
 def nano_continual_training() -> TrainConfig:
     """All tasks."""
     return replace(
-        nano_pre_training(), steps=500, stage="continual training", warmup=50, drop_text=0.05, drop_all=0.05
+        nano_pre_training(), steps=2_700, stage="continual training", warmup=50, drop_text=0.05, drop_all=0.05
     )
 
 

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from tiny import config as tiny_config
 from tiny import tokenizer
 
+from openlance.data.mixture import Schedule
 from openlance.data.tasks import Row, View, to_sample
 from openlance.errors import InputError
 from openlance.infer.pipeline import LancePipeline
@@ -28,13 +29,14 @@ from openlance.train.nano import (
     make_parts,
     nano_tokenizer,
 )
-from openlance.train.nano_data import KINDS, EncodedWorld, draw, stored
+from openlance.train.nano_data import KINDS, EncodedWorld, Shares, WorldFeed, draw, stored
 from openlance.train.parallel import Ranks, leave
 from openlance.train.presets import PRESETS, preset
 from openlance.train.settings import RLConfig
 from openlance.world import Scene, box, is_held_out, read_boxes, render
 from openlance.world.language import NUMBERS
 
+LAST = MIXTURES["fine-tuning"].values[-1]
 TINY = NanoRecipe(
     vae_minutes=0.02,
     decoder_minutes=0.02,
@@ -99,11 +101,11 @@ def test_parts_that_are_there_are_left_alone(parts: NanoParts) -> None:
 @pytest.mark.slow
 def test_rows_repeat_by_seed_and_cover_the_mixture(parts: NanoParts) -> None:
     tasks = {task: 1.0 for task in Task if task not in (Task.CHAT, Task.SUBJECT_VIDEO)}
-    world = EncodedWorld(parts.folder, tasks)
-    first, again, other = (list(islice(world.rows(0, step), 64)) for step in (3, 3, 4))
+    world = EncodedWorld(parts.folder)
+    first, again, other = (list(islice(world.rows(tasks, 0, step), 64)) for step in (3, 3, 4))
     assert [row.prompt for row in first] == [row.prompt for row in again]
     assert [row.prompt for row in first] != [row.prompt for row in other]
-    assert {row.task for row in islice(world.rows(1), 800)} == set(tasks)
+    assert {row.task for row in islice(world.rows(tasks, 1), 800)} == set(tasks)
 
 
 @pytest.mark.slow
@@ -124,7 +126,7 @@ def test_held_out_items_are_never_trained_on(parts: NanoParts) -> None:
     for sample in pack.samples:
         (target,) = (segment.latents for segment in sample if segment.latents is not None)
         assert torch.equal(target, latents[-1])
-    for row in islice(EncodedWorld(parts.folder, {Task.T2I: 1.0}).rows(0), 60):
+    for row in islice(EncodedWorld(parts.folder).rows({Task.T2I: 1.0}, 0), 60):
         assert row.target is not None and not torch.equal(row.target.latents, latents[-1])
 
 
@@ -158,7 +160,7 @@ def scenes_of(name: str, number: int) -> tuple[Scene, int]:
 
 
 def rows_of(folder: Path, name: str, count: int = 40) -> list[Row]:
-    return list(islice(EncodedWorld(folder, {name: 1.0}).rows(0), count))
+    return list(islice(EncodedWorld(folder).rows({name: 1.0}, 0), count))
 
 
 def test_boxes_are_those_of_the_picture(encoded: Path) -> None:
@@ -229,11 +231,34 @@ def test_a_short_prompt_is_drawn_as_its_scene_has_it(encoded: Path) -> None:
         assert all(thing.shape in words for thing in scene.things)
 
 
-def test_the_last_mixture_has_everything(encoded: Path) -> None:
-    assert np.isclose(sum(MIXTURES["fine-tuning"].values()), 1.0)
-    assert all(set(mixture) <= set(MIXTURES["fine-tuning"]) for mixture in MIXTURES.values())
-    rows = islice(EncodedWorld(encoded, MIXTURES["fine-tuning"]).rows(0), 300)
+def test_pairs_ask_about_one_of_two_things(encoded: Path) -> None:
+    rows = rows_of(encoded, "pairs", 200)
+    for row in rows:
+        scene, _ = scenes_of("image", number(row.sources[0]))
+        assert row.task is Task.X2T_IMAGE and len(scene.things) > 1
+    asked = {row.answer for row in rows}
+    assert {"yes", "no"} < asked and asked & {"left", "right", "above", "below"}
+
+
+def test_every_share_is_of_all_and_the_last_mixture_has_everything(encoded: Path) -> None:
+    for mixture in MIXTURES.values():
+        for shares in mixture.values:
+            assert np.isclose(sum(shares.values()), 1.0)
+            assert set(shares) <= set(LAST)
+    rows = islice(EncodedWorld(encoded).rows(LAST, 0), 300)
     assert {len(row.sources) for row in rows} >= {0, 1, 2, 3}
+
+
+def test_a_feed_draws_by_the_mixture_of_its_step(encoded: Path) -> None:
+    changes: Schedule[Shares] = Schedule(((0, {Task.T2I: 1.0}), (2, {"boxes": 1.0})))
+    encode = tokenizer().encode_with_offsets
+    feed = WorldFeed(EncodedWorld(encoded), changes, encode, tiny_config(), lanes=1, tokens=100)
+    drawn = [
+        any(segment.kind is Kind.NOISY for sample in pack.samples for segment in sample)
+        for step in range(4)
+        for pack in feed.packs(step)
+    ]
+    assert drawn == [True, True, False, False]
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
@@ -247,8 +272,8 @@ def test_items_are_fixed_and_never_held_out(kind) -> None:  # type: ignore[no-un
 
 
 def test_all_stages_together_have_every_task_that_nano_learns() -> None:
-    wide = {"brief", "boxes", "written", "several", "turns", "story"}
-    assert set(MIXTURES["fine-tuning"]) == set(Task) - {Task.CHAT, Task.SUBJECT_VIDEO} | wide
+    wide = {"brief", "pairs", "boxes", "written", "several", "turns", "story"}
+    assert set(LAST) == set(Task) - {Task.CHAT, Task.SUBJECT_VIDEO} | wide
 
 
 def test_every_preset_has_a_mixture() -> None:
