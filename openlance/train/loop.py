@@ -110,7 +110,7 @@ class Run:
     def __post_init__(self) -> None:
         self.model_config = self.objective.model.config
         self.trained = trained_parameters(self.objective)
-        self.optimizers = make_optimizers(self.trained, self.config)
+        self.optimizers = make_optimizers(self.trained, self.config, self.ranks)
         self.average = Average(self.trained, self.config.ema)
 
     def save(self, score: float | None = None) -> None:

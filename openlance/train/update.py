@@ -7,9 +7,11 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from openlance.train.muon import Muon
+from openlance.train.parallel import Ranks
 from openlance.train.settings import TrainConfig
 
 
@@ -26,18 +28,20 @@ def learning_rate(step: int, config: TrainConfig) -> float:
 
 
 def make_optimizers(
-    parameters: Mapping[str, nn.Parameter], config: TrainConfig
+    parameters: Mapping[str, nn.Parameter], config: TrainConfig, ranks: Ranks
 ) -> tuple[torch.optim.Optimizer, ...]:
     """AdamW without weight decay, as the paper has it; the matrices of the layers by Muon where it is chosen.
 
-    Muon's updates have the size of AdamW's (Liu et al., 2025), so that one learning rate serves both.
+    Muon's updates have the size of AdamW's (Liu et al., 2025), so that one learning rate serves both; the
+    processes of the run share its work.
     """
     rest = dict(parameters)
     found: list[torch.optim.Optimizer] = []
     if config.optimizer == "muon":
         matrices = [rest.pop(name) for name, p in parameters.items() if "layers." in name and p.dim() == 2]
         dtype = getattr(torch, config.precision)  # bfloat16 is enough, as Jordan's own has it
-        found.append(Muon(matrices, config.learning_rate, like_adamw=True, dtype=dtype))
+        group = None if ranks.size == 1 else dist.group.WORLD
+        found.append(Muon(matrices, config.learning_rate, like_adamw=True, dtype=dtype, group=group))
     found.append(
         torch.optim.AdamW(
             list(rest.values()), config.learning_rate, config.betas, config.eps, weight_decay=0.0, fused=True

@@ -30,6 +30,7 @@ from openlance.train.footprint import (
     memory,
     vae_encode_bytes,
 )
+from openlance.train.parallel import Ranks
 from openlance.train.plan import STAGES, Machine, job_of, layouts, make_plan, speed
 from openlance.train.settings import TrainConfig
 from openlance.train.update import Average, make_optimizers
@@ -148,7 +149,7 @@ def test_states_are_counted_to_the_byte(rank: int) -> None:
     if rank:
         add_lora(model, ("gen",), rank=rank)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    (optimizer,), average = make_optimizers(trained, run), Average(trained, 0.9)
+    (optimizer,), average = make_optimizers(trained, run, Ranks()), Average(trained, 0.9)
     batch = batch_of(config(), words=8, grid=(1, 2, 2))
     model(batch, pattern=Full()).velocity.sum().backward()
     optimizer.step()

@@ -87,9 +87,11 @@ def test_many_processes_are_one(
 
 
 @pytest.mark.slow
-def test_muon_on_two_replicas_is_muon_alone(tmp_path: Path) -> None:
-    settings = {"lanes": 2, "steps": 2, "learning_rate": 1e-3, "optimizer": "muon"}
-    assert_close(here(tmp_path / "one", settings), run(tmp_path / "two", {**settings, "replicas": 2}, 2))
+@pytest.mark.parametrize("processes", [2, 3])
+def test_muon_shared_by_processes_is_muon_alone(tmp_path: Path, processes: int) -> None:
+    settings = {"lanes": processes, "steps": 2, "learning_rate": 1e-3, "optimizer": "muon"}
+    many = run(tmp_path / "many", {**settings, "replicas": processes}, processes)
+    assert_close(here(tmp_path / "one", settings), many)
 
 
 @pytest.mark.slow
