@@ -69,7 +69,7 @@ def nano_continual_training() -> TrainConfig:
 def nano_fine_tuning() -> TrainConfig:
     """All tasks, with a rate that falls to zero; the seed is for other draws than before."""
     return replace(
-        nano_continual_training(), steps=1_800, stage="fine-tuning", schedule="linear", decay=1.0, seed=1
+        nano_continual_training(), steps=1_600, stage="fine-tuning", schedule="linear", decay=1.0, seed=1
     )
 
 
