@@ -319,9 +319,16 @@ def _sample(run: Run, options: RunOptions, load: LoadOptions, rewrite: str | Non
 
 def _settings(run: Run, load: LoadOptions, rewrite: str | None) -> Mapping[str, Any]:
     """What decides the samples, beside how they are made."""
+    from openlance.model.adapters import weights_of
+    from openlance.model.hub import find_release
+    from openlance.model.release import fingerprint
+
     writer = run.config.rewriter
-    named = ("model", "variant", "adapter", "dtype", "resolution", "vit_resolution")
+    named = ("model", "variant", "adapter", "dtype", "quantize", "resolution", "vit_resolution")
+    weights = find_release(load.model, load.variant, parts={"und"}).weights
+    adapter = () if load.adapter is None else (weights_of(load.adapter),)
     return {name: getattr(load, name) for name in named} | {
+        "weights": fingerprint([*weights, *adapter]),
         "rewritten_by": None if rewrite is None else writer.model if writer else "the model itself",
     }
 

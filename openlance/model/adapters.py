@@ -113,6 +113,11 @@ def save_adapter(
         (folder / SAMPLING).write_text(json.dumps(sampling, indent=2) + "\n")
 
 
+def weights_of(folder: str | Path) -> Path:
+    """The file of an adapter's weights; folder: as `load_adapter` takes it."""
+    return BUNDLED_ADAPTERS.get(str(folder), Path(folder)) / WEIGHTS
+
+
 def load_adapter(model: Lance, folder: str | Path, name: str = "default") -> None:
     """Add a saved adapter under a name and make it the active one; it can be trained further.
 

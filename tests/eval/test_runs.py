@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,11 +13,13 @@ import numpy as np
 import pytest
 from made import DPG_ROWS, configured, dpg_data, info, lines, mvbench_data
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from openlance.cli import main
 from openlance.data.media import load_video
 from openlance.data.save import read_settings, save_video
 from openlance.eval import mvbench, vbench
+from openlance.model.hub import find_release
 
 SMALL = ("--size", "32", "--steps", "1", "--quiet")
 
@@ -100,6 +103,20 @@ def test_other_settings_need_another_folder(evaluate, three_prompts: Path) -> No
     assert (code, "other settings (making)" in said) == (2, True)
     assert evaluate("geneval", *words, "--steps", 1)[0] == 0
     assert len(stamps("*.png")) == 12
+
+
+def test_other_weights_in_the_same_place_need_another_folder(
+    evaluate, three_prompts: Path, tiny_checkpoint: Path
+) -> None:
+    copied = shutil.copytree(tiny_checkpoint, "copied")
+    words = ("--config", three_prompts, *SMALL, "--stages", "sample", "--limit", 1, "--model", copied)
+    assert evaluate("geneval", *words)[0] == 0
+    assert evaluate("geneval", *words)[0] == 0
+    (file,) = find_release(copied).weights
+    save_file({name: 1.01 * value for name, value in load_file(file).items()}, file)
+    assert "other settings (weights)" in evaluate("geneval", *words)[1]
+    code, said = evaluate("geneval", *words, "--adapter", "nano-fast")
+    assert (code, "other settings (adapter, weights)" in said) == (2, True)
 
 
 def test_files_of_no_sample_are_named(evaluate, three_prompts: Path) -> None:
