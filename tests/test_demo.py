@@ -55,5 +55,5 @@ def test_demo_on_nano(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert "nano has" in capsys.readouterr().out
     judged = [row for row in rows if row.right is not None]
     answers = [row.right for row in judged if isinstance(row.result, str)]
-    assert sum(answers) >= len(answers) // 2  # of two shapes nano often takes the wrong one
-    assert 2 * sum(row.right for row in judged) > len(judged)
+    assert sum(answers) >= len(answers) - 2
+    assert 3 * sum(row.right for row in judged) >= 2 * len(judged)
