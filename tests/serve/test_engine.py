@@ -39,8 +39,11 @@ from openlance.serve.jobs import (
 from openlance.serve.settings import ServeConfig
 from openlance.serve.wire import Ended, Failed, FromWorker, Returned, Ticket, Told
 from openlance.serve.worker import Worker
+from openlance.world import Scene, Thing, render
 
-CHAT = [{"role": "user", "content": "describe a red circle"}]
+SHOWN = render(Scene("white", things=(Thing("circle", "red", "large", "top left"),)), 96)
+ASKED = [{"type": "image", "image": SHOWN}, {"type": "text", "text": "draw a box around the circle"}]
+CHAT = [{"role": "user", "content": ASKED}]  # of many tokens, which nano has learnt to answer
 
 
 def picture(prompt: str = "a red circle", **arguments: Any) -> Request:
