@@ -35,7 +35,7 @@ from openlance.train.nano_data import EncodedWorld, Shares, WorldFeed
 from openlance.train.parallel import Ranks
 from openlance.train.presets import preset
 
-DRAWING = {task: PRE_TRAINING[task] for task in (Task.T2I, Task.T2V, Task.I2V)}
+DRAWING: Shares = {task: PRE_TRAINING[task] for task in (Task.T2I, Task.T2V, Task.I2V)}
 ALL = {**PRE_TRAINING, Task.T2I: 0.5, Task.X2T_IMAGE: 0.2, Task.IMAGE_EDIT: 0.23}
 
 
