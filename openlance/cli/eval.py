@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -304,11 +304,11 @@ def _run(
 def _sample(run: Run, options: RunOptions, load: LoadOptions, rewrite: str | None) -> None:
     from openlance.eval.harness import keep_settings, make
 
-    keep_settings(run, _settings(run, load, rewrite))
     rank, size = (int(os.environ.get(name, value)) for name, value in (("RANK", 0), ("WORLD_SIZE", 1)))
     if size > 1 and load.device is None:
         load = replace(load, device=_own_device())
     tasks = (*run.benchmark.tasks, *(("chat",) if rewrite else ()))
+    keep_settings(run, _settings(run, load, rewrite, tasks))
     lance = load.pipeline(tasks)
     reword = None if rewrite is None else _rewriter(run, lance, rewrite)
     failures = make(run, lance, share=(rank, size), reword=reword)
@@ -317,18 +317,15 @@ def _sample(run: Run, options: RunOptions, load: LoadOptions, rewrite: str | Non
         raise InputError(f"{len(failures)} samples could not be made; the first is {name}: {why}")
 
 
-def _settings(run: Run, load: LoadOptions, rewrite: str | None) -> Mapping[str, Any]:
+def _settings(run: Run, load: LoadOptions, rewrite: str | None, tasks: Sequence[str]) -> Mapping[str, Any]:
     """What decides the samples, beside how they are made."""
-    from openlance.model.adapters import weights_of
-    from openlance.model.hub import find_release
-    from openlance.model.release import fingerprint
+    from openlance.infer.load import fingerprint
+    from openlance.sequence.template import Task
 
     writer = run.config.rewriter
     named = ("model", "variant", "adapter", "dtype", "quantize", "resolution", "vit_resolution")
-    weights = find_release(load.model, load.variant, parts={"und"}).weights
-    adapter = () if load.adapter is None else (weights_of(load.adapter),)
     return {name: getattr(load, name) for name in named} | {
-        "weights": fingerprint([*weights, *adapter]),
+        "weights": fingerprint(load.model, load.variant, [Task(task) for task in tasks], load.adapter),
         "rewritten_by": None if rewrite is None else writer.model if writer else "the model itself",
     }
 

@@ -113,19 +113,19 @@ def save_adapter(
         (folder / SAMPLING).write_text(json.dumps(sampling, indent=2) + "\n")
 
 
-def weights_of(folder: str | Path) -> Path:
-    """The file of an adapter's weights; folder: as `load_adapter` takes it."""
-    return BUNDLED_ADAPTERS.get(str(folder), Path(folder)) / WEIGHTS
+def find_adapter(folder: str | Path) -> Path:
+    """The folder of an adapter; "nano-fast" is bundled: nano in five steps without guidance."""
+    return BUNDLED_ADAPTERS.get(str(folder), Path(folder))
 
 
 def load_adapter(model: Lance, folder: str | Path, name: str = "default") -> None:
     """Add a saved adapter under a name and make it the active one; it can be trained further.
 
-    folder: of the adapter, or "nano-fast", which is bundled: nano in five steps without guidance.
+    folder: as `find_adapter` takes it.
     Raises InputError, before the model is changed, naming the file and what cannot be used: settings, or the
     parameters that are missing, surplus, misshapen or not finite.
     """
-    folder = BUNDLED_ADAPTERS.get(str(folder), Path(folder))
+    folder = find_adapter(folder)
     peft = _peft()
     config = _read_config(peft, folder / CONFIG)
     own = _read_sampling(folder / SAMPLING)

@@ -9,9 +9,8 @@ openlance.json                 optional: what the released layout keeps in code 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -48,7 +47,6 @@ VAE_KEYS = {
 ELSEWHERE = ("backbone", "vision", "vae", "tokens")
 OWN_FIELDS = tuple(f.name for f in dataclasses.fields(ModelConfig) if f.name not in ELSEWHERE)
 OWN_VAE_FIELDS = ("mean", "std")
-BLOCKS, BLOCK = 1024, 4096  # of a file, for its fingerprint
 
 Config = TypeVar("Config")
 
@@ -89,20 +87,6 @@ def read_layout(path: Path, variant: str | None = None, *, weights: bool = True)
         vit=vit if vit.is_dir() else None,
         vae=vae[0] if vae else None,
     )
-
-
-def fingerprint(files: Iterable[Path]) -> str:
-    """Tells weights from others without reading them whole: a hash of each file's length and of blocks from
-    its beginning to its end. A file that is not there counts for nothing."""
-    digest = hashlib.sha256()
-    for file in filter(Path.is_file, files):
-        size = file.stat().st_size
-        digest.update(f"{size}\n".encode())
-        with file.open("rb") as stream:
-            for block in range(BLOCKS):
-                stream.seek(size * block // BLOCKS)
-                digest.update(stream.read(BLOCK))
-    return digest.hexdigest()[:16]
 
 
 def choose_variant(root: Path, variant: str | None) -> str:

@@ -112,9 +112,14 @@ def test_other_weights_in_the_same_place_need_another_folder(
     words = ("--config", three_prompts, *SMALL, "--stages", "sample", "--limit", 1, "--model", copied)
     assert evaluate("geneval", *words)[0] == 0
     assert evaluate("geneval", *words)[0] == 0
-    (file,) = find_release(copied).weights
-    save_file({name: 1.01 * value for name, value in load_file(file).items()}, file)
-    assert "other settings (weights)" in evaluate("geneval", *words)[1]
+    release = find_release(copied)
+    for file in (*release.weights, release.vae):
+        before = file.read_bytes()
+        save_file({name: 1.01 * value for name, value in load_file(file).items()}, file)
+        code, said = evaluate("geneval", *words)
+        assert (code, "other settings (weights)" in said) == (2, True)
+        file.write_bytes(before)
+        assert evaluate("geneval", *words)[0] == 0
     code, said = evaluate("geneval", *words, "--adapter", "nano-fast")
     assert (code, "other settings (adapter, weights)" in said) == (2, True)
 
