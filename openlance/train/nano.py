@@ -153,22 +153,18 @@ class NanoParts:
 
     def feed(self, config: TrainConfig, ranks: Ranks) -> WorldFeed:
         """The packs of a stage, by its own mixture."""
-        return self._feed(EncodedWorld(self.folder), MIXTURES[config.stage], config, ranks)
+        return self._feed(EncodedWorld(self.folder), config, ranks)
 
     def held_out(self, config: TrainConfig) -> dict[str, list[WorldPack]]:
         """Packs of items that training never sees, by task."""
-        world = EncodedWorld(self.folder, held_out=True)
-        found: dict[str, list[WorldPack]] = {}
-        for task in HELD_OUT_TASKS:
-            alone: Shares = {task: 1.0}
-            feed = self._feed(world, Schedule.constant(alone), config, Ranks())
-            found[str(task)] = [feed.pack(n, alone, 1, n) for n in range(HELD_OUT_PACKS)]
-        return found
+        feed = self._feed(EncodedWorld(self.folder, held_out=True), config, Ranks())
+        return {
+            str(task): [feed.pack(n, {task: 1.0}, 1, n) for n in range(HELD_OUT_PACKS)]
+            for task in HELD_OUT_TASKS
+        }
 
-    def _feed(
-        self, world: EncodedWorld, mixture: Schedule[Shares], config: TrainConfig, ranks: Ranks
-    ) -> WorldFeed:
-        encode = self.tokenizer.encode_with_offsets
+    def _feed(self, world: EncodedWorld, config: TrainConfig, ranks: Ranks) -> WorldFeed:
+        mixture, encode = MIXTURES[config.stage], self.tokenizer.encode_with_offsets
         return WorldFeed(world, mixture, encode, self.config, config.lanes, config.tokens, ranks, config.seed)
 
 

@@ -227,10 +227,11 @@ class EncodedWorld:
     def rows(self, shares: Shares, *seed: int) -> Iterator[Row]:
         """Rows without end, mixed by their shares; the same for the same seed."""
         tasks, weights = list(shares), np.array(list(shares.values()))
+        chances = weights / weights.sum()
         rng = np.random.default_rng(seed)
         name = "-".join(map(str, seed))
         for number in itertools.count():
-            task = tasks[int(rng.choice(len(tasks), p=weights / weights.sum()))]
+            task = tasks[int(rng.choice(len(tasks), p=chances))]
             make = self.wide.get(task)
             row_id = f"{name}-{number}"
             yield make(rng, row_id) if make else self._row(Task(task), rng, row_id)
@@ -267,6 +268,7 @@ class EncodedWorld:
         return Row(name, task, asked.question, answer=asked.answer, sources=(view,))
 
     def _pairs(self, rng: np.random.Generator, name: str) -> Row:
+        """A question about a picture of two things or more."""
         while True:
             (scene,), (view,), _ = self._item("image", rng)
             if len(scene.things) > 1:
