@@ -39,7 +39,7 @@ def main() -> None:
         matrix.grad = torch.randn_like(matrix)
     groups = {"all by each": None, "shared": dist.group.WORLD}
     ways = {
-        name: Muon(matrices, 1e-6, like_adamw=True, dtype=torch.bfloat16, group=group)
+        name: Muon(matrices, 1e-6, like_adamw=True, dtype=torch.bfloat16, processes=group)
         for name, group in groups.items()
     }
     times: dict[str, list[float]] = {name: [] for name in ways}

@@ -19,8 +19,8 @@ class Muon(torch.optim.Optimizer):
     A 3D convolution's weight is one matrix [out, in * h * w] for each time slice, and a slice without any
     gradient is left alone. like_adamw: updates as large as AdamW's are on average, 0.2 a weight times the
     learning rate (Liu et al., 2025); else each singular value of an update is the learning rate. dtype: what
-    matrices are made orthogonal in. group: of processes that hold the same parameters and gradients, each of
-    which makes a part of them orthogonal. A parameter that is spread over processes must be whole on each.
+    matrices are made orthogonal in. processes: those that hold the same parameters and gradients; each makes
+    a part of them orthogonal. A parameter that is spread over processes must be whole on each.
     """
 
     def __init__(
@@ -31,11 +31,11 @@ class Muon(torch.optim.Optimizer):
         *,
         like_adamw: bool = False,
         dtype: torch.dtype = torch.float32,
-        group: dist.ProcessGroup | None = None,
+        processes: dist.ProcessGroup | None = None,
     ) -> None:
         super().__init__(params, {"lr": lr, "momentum": momentum, "like_adamw": like_adamw})
         self.dtype = dtype
-        self.group = group
+        self.processes = processes
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -62,15 +62,15 @@ class Muon(torch.optim.Optimizer):
                         matrix.sub_(way.view_as(matrix), alpha=group["lr"] * scale**0.5)
 
     def _orthogonal(self, matrices: Tensor) -> Tensor:
-        if self.group is None:
+        if self.processes is None:
             return orthogonal(matrices)
-        rank, size = self.group.rank(), self.group.size()
+        rank, size = self.processes.rank(), self.processes.size()
         share = -(-len(matrices) // size)  # all gather as much, of zeros where the matrices end
         own = matrices.new_zeros(share, *matrices.shape[1:])
         mine = matrices[rank * share : (rank + 1) * share]
         own[: len(mine)] = mine
         found = matrices.new_empty(share * size, *matrices.shape[1:])
-        dist.all_gather(list(found.split(share)), orthogonal(own).contiguous(), group=self.group)
+        dist.all_gather(list(found.split(share)), orthogonal(own).contiguous(), group=self.processes)
         return found[: len(matrices)]
 
 

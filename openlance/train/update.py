@@ -40,8 +40,9 @@ def make_optimizers(
     if config.optimizer == "muon":
         matrices = [rest.pop(name) for name, p in parameters.items() if "layers." in name and p.dim() == 2]
         dtype = getattr(torch, config.precision)  # bfloat16 is enough, as Jordan's own has it
-        group = None if ranks.size == 1 else dist.group.WORLD
-        found.append(Muon(matrices, config.learning_rate, like_adamw=True, dtype=dtype, group=group))
+        all_ranks = None if ranks.size == 1 else dist.group.WORLD
+        rate = config.learning_rate
+        found.append(Muon(matrices, rate, like_adamw=True, dtype=dtype, processes=all_ranks))
     found.append(
         torch.optim.AdamW(
             list(rest.values()), config.learning_rate, config.betas, config.eps, weight_decay=0.0, fused=True
